@@ -23,7 +23,7 @@ from laguna_serve.scripts.checkpoints.headers import INDEX
 from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
 from laguna_serve.serving.kit.command import Command
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag
 
 STD = 0.02
 LAYERS_PER_SHARD = 4
@@ -43,7 +43,7 @@ def parse_width(text: str) -> tuple[range, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(BoundedConfig):
     """A dense Laguna's config, and how wide its layers really are."""
 
     config: Annotated[Path, Flag("folder with the config.json of a dense Laguna", positional=True)]
@@ -58,9 +58,6 @@ class GenerateConfig:
         ),
     ] = ()
     seed: Annotated[int, Flag(at_least=0, at_most=MOST_SEED)] = 0
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 class GenerateResult(

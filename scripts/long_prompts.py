@@ -21,7 +21,7 @@ from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import MOST_SEED, MOST_TEXT, Flag, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_TEXT, BoundedConfig, Flag
 from laguna_serve.serving.kit.run_dir import check_out_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ exit status: 0 written, 2 it could not run
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongPromptsConfig:
+class LongPromptsConfig(BoundedConfig):
     """How long, how many, of which text and by whose tokenizer."""
 
     model: Annotated[str, Flag("checkpoint whose tokenizer counts, folder or hub id in the cache", metavar="M")]
@@ -51,10 +51,6 @@ class LongPromptsConfig:
     text: Annotated[Path, Flag("repository whose files are taken (default: this one)", metavar="DIR")] = ROOT
     seed: Annotated[int, Flag("of the files' order (default: 0)", at_least=0, at_most=MOST_SEED)] = 0
     out: Annotated[Path, Flag("JSON Lines", metavar="FILE")]
-
-    def __post_init__(self) -> None:
-        """Refuse prompts with no room for a question."""
-        check_bounds(self)
 
 
 class LongPromptsResult(

@@ -28,7 +28,7 @@ from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import hash_file, write_text
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds, read_flags
+from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag, read_flags
 from laguna_serve.serving.kit.results import JsonObject, to_json, write_indented
 from laguna_serve.serving.kit.run_dir import check_out, require_removable
 
@@ -53,7 +53,7 @@ class ToyRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyConfig:
+class ToyConfig(BoundedConfig):
     """Where the family goes, and how much of it is trained.
 
     Attributes:
@@ -68,9 +68,6 @@ class ToyConfig:
     stage: Annotated[
         Literal["teacher", "continuations", "dflash", "dflash-speculators"] | None, Flag(argparse.SUPPRESS)
     ] = None
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
     @property
     def recipe(self) -> ToyRecipe:

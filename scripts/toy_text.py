@@ -19,7 +19,7 @@ from laguna_serve.scripts.text import corpus
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag
 from laguna_serve.serving.kit.run_dir import check_out_file
 
 EXAMPLES = """examples:
@@ -32,16 +32,13 @@ exit status: 0 written, 2 it could not run
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(BoundedConfig):
     """Which half of the text, and where to."""
 
     training: Annotated[bool, Flag("the modules that it was trained on instead")] = False
     prompts: Annotated[int | None, Flag("so many prompts, none twice", metavar="N")] = None
     seed: Annotated[int, Flag("draws the prompts", at_least=0, at_most=MOST_SEED)] = 0
     out: Annotated[Path, Flag("JSON Lines", metavar="FILE")]
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 class TextResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.toy_text/1"):

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.bench.arms.diffusion import MOST_STATES, serves_diffusion
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag, FlagError
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING, open_drafter
 
 Dtype = Annotated[
@@ -34,7 +34,7 @@ Sequential = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrafterConfig:
+class DrafterConfig(BoundedConfig):
     """A target and a drafter for it, to be started with and without it."""
 
     model: Annotated[str, Flag("target checkpoint, folder or hub id", metavar="M", group="engines")]
@@ -43,10 +43,6 @@ class DrafterConfig:
     seed: Annotated[
         int, Flag("order of the arms, bootstrap, permutations, engines (default: 0)", at_least=0, at_most=MOST_SEED)
     ] = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values under their bounds."""
-        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)

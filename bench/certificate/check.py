@@ -26,7 +26,7 @@ from laguna_serve.bench.certificate.subject import BASELINE_ROLE, CANDIDATE_ROLE
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD
 from laguna_serve.serving.kit.environment import Environment
-from laguna_serve.serving.kit.flags import Flag, check_bounds
+from laguna_serve.serving.kit.flags import BoundedConfig, Flag
 from laguna_serve.serving.kit.results import read_result
 
 EXAMPLES = """
@@ -42,7 +42,7 @@ exit status:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig:
+class CheckConfig(BoundedConfig):
     """A certificate, and where this machine has what it is of."""
 
     check: Annotated[Path, Flag("the certificate (certificate.json, or its folder)", metavar="FILE")]
@@ -52,10 +52,6 @@ class CheckConfig:
     dtype: Annotated[str | None, Flag("hold it against this dtype")] = None
     gamma: Annotated[int | None, Flag("hold it against this γ", metavar="N", at_least=1)] = None
     eager: Annotated[bool, Flag("hold it against engines without compilation")] = False
-
-    def __post_init__(self) -> None:
-        """Refuse values under their bounds."""
-        check_bounds(self)
 
 
 class DifferentPart(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, check_bounds
+from laguna_serve.serving.kit.flags import BoundedConfig, Flag
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
 from laguna_serve.serving.kit.run_dir import check_out
@@ -48,7 +48,7 @@ SWAPPED = ("model.layers.1.self_attn.o_proj.weight", "model.layers.2.self_attn.o
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterBenchConfig:
+class ClusterBenchConfig(BoundedConfig):
     """A model of the toy family, its prompts, and how hard it is pressed."""
 
     model: Annotated[Path, Flag("the toy teacher: a folder")]
@@ -59,10 +59,6 @@ class ClusterBenchConfig:
     clients: Annotated[int, Flag("streams at once under load (default: 8)", metavar="N", at_least=2)] = 8
     routing: Annotated[Literal["power-of-two", "prefix"], Flag("Ray's router")] = "power-of-two"
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
-
-    def __post_init__(self) -> None:
-        """Refuse values under their bounds."""
-        check_bounds(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import cite_environment, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, Quick, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, BoundedConfig, Flag, FlagError, Quick
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
@@ -45,7 +45,7 @@ exit status: 0 every token is the reference's and no answer took more passes, 1 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactnessConfig:
+class ExactnessConfig(BoundedConfig):
     """A model, what was learnt about its order, and prompts; files go to `out`."""
 
     model: Annotated[Path, Flag("LLaDA checkpoint: a folder")]
@@ -76,9 +76,6 @@ class ExactnessConfig:
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     QUICK: ClassVar = Quick("16 prompts, one token a step", {"num_prompts": 16, "schedules": ("1",)})
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,14 @@ from typing import Annotated
 
 from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag
 
 # Tokens that one step computes at most: longer prompts are cut.
 STEP_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class FuzzConfig:
+class FuzzConfig(BoundedConfig):
     """An engine to send requests to, and for how long; the files go to `out`."""
 
     model: Annotated[str, Flag("checkpoint folder or hub id")]
@@ -26,10 +26,6 @@ class FuzzConfig:
     seed: Annotated[int, Flag("of the drawn batches (default: 1)", at_least=0, at_most=MOST_SEED)] = 1
     out: Annotated[Path, Flag("folder for the results")]
     resume: Annotated[bool, Flag("go on where a run into the same folder stopped")] = False
-
-    def __post_init__(self) -> None:
-        """Refuse values under their bounds."""
-        check_bounds(self)
 
     def make_engine(self) -> EngineConfig:
         """float32, eager, and small steps, so that prompts are cut."""

@@ -26,7 +26,7 @@ from laguna_serve.kernels.sentinel_moe.tables import name_file
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, BoundedConfig, Flag
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.tables import Table
@@ -48,7 +48,7 @@ class TuningError(CommandError, ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningConfig:
+class TuningConfig(BoundedConfig):
     """Which rows of the table are measured; the file goes to `out`."""
 
     path: Annotated[tuple[PathName, ...], Flag("default: decode,prefill", metavar="P,…", group="what to measure")] = (
@@ -67,10 +67,6 @@ class TuningConfig:
     replays: Annotated[int, Flag("of each candidate (default: 9)", metavar="N", at_least=1)] = 9
     threads: Annotated[int, Flag("that compile (default: 8)", metavar="N", at_least=1, at_most=MOST_THREADS)] = 8
     out: Annotated[Path, Flag("folder for tiles.json", metavar="DIR")]
-
-    def __post_init__(self) -> None:
-        """Refuse values outside of their bounds."""
-        check_bounds(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

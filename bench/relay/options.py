@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds, parse_numbers
+from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag, FlagError, check_bounds, parse_numbers
 
 DIRECT, SPLICE, GATEWAY = "direct", "splice", "laguna"
 LAST_PORT = 65535
@@ -78,14 +78,10 @@ def name_workers(count: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoakConfig:
+class SoakConfig(BoundedConfig):
     """How many requests of every kind go through the gateway; the files go to `out`."""
 
     requests: Annotated[int, Flag("in all (default: 216000)", metavar="N", at_least=1)] = 216_000
     streams: Annotated[int, Flag("at once (default: 32)", metavar="N", at_least=1)] = 32
     seed: Annotated[int, Flag("of the order of requests (default: 0)", at_least=0, at_most=MOST_SEED)] = 0
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
-
-    def __post_init__(self) -> None:
-        """Refuse values under their bounds."""
-        check_bounds(self)

@@ -21,7 +21,7 @@ from laguna_serve.bench.routing.result import RoutingPoint, RoutingResult, draw,
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, Quick, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag, Quick
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -35,7 +35,7 @@ exit status: 0 done, 2 could not run
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingConfig:
+class RoutingConfig(BoundedConfig):
     """How many replicas, and how much they have to do."""
 
     replicas: Annotated[tuple[int, ...], Flag("default: 1,2,4,8,16,32,64", metavar="N,…", at_least=1)] = (
@@ -48,10 +48,6 @@ class RoutingConfig:
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     QUICK: ClassVar = Quick("2 and 8 replicas, 50 sessions each", {"replicas": (2, 8), "sessions": 50})
-
-    def __post_init__(self) -> None:
-        """Refuse values under their bounds."""
-        check_bounds(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ from laguna_serve.scripts.clients.report import ClientCheck, ClientsResult, rend
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.run import open_background
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
-from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
+from laguna_serve.serving.kit.flags import BoundedConfig, Flag, read_flags
 from laguna_serve.serving.kit.results import to_json, write_indented
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ exit status: 0 every check holds, 1 some fall short, 2 it could not run
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientsConfig:
+class ClientsConfig(BoundedConfig):
     """Which clients to run, and against what."""
 
     only: Annotated[Literal["python", "node", "agents"] | None, Flag("one kind of client")] = None
@@ -75,9 +75,6 @@ class ClientsConfig:
         bool, Flag("the model is away whenever it is asked for: another one has the room, and makes way")
     ] = False
     out: Annotated[Path | None, Flag("writes NAME.json and NAME.md", metavar="NAME")] = None
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

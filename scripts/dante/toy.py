@@ -40,7 +40,7 @@ from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, Quick, check_bounds
+from laguna_serve.serving.kit.flags import MOST_THREADS, BoundedConfig, Flag, Quick
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
 from laguna_serve.serving.kit.run_dir import check_out, claim_folder
@@ -57,7 +57,7 @@ exit status: 0 every bar is met, 1 one is not (the table says which), 2 it could
 
 
 @dataclass(frozen=True, kw_only=True)
-class DanteToyConfig:
+class DanteToyConfig(BoundedConfig):
     """How much of everything."""
 
     QUICK: ClassVar = Quick(
@@ -78,9 +78,6 @@ class DanteToyConfig:
     seeds: Annotated[int, Flag("default 3", at_least=1)] = 3
     arms: Annotated[tuple[str, ...], Flag("as in scripts/dante ablate", metavar="ARM,…")] = AblateConfig.arms
     threads: Annotated[int, Flag("of the processor, for training (default 1)", at_least=1, at_most=MOST_THREADS)] = 1
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 class ServedStudent(msgspec.Struct, frozen=True, kw_only=True):

@@ -35,7 +35,7 @@ from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv
 from laguna_serve.serving.kit.files import hash_file
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag
 from laguna_serve.serving.kit.results import write_indented
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -53,7 +53,7 @@ DIRECTION: Direction = "student-teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyPairConfig:
+class ToyPairConfig(BoundedConfig):
     """Where the pair goes, and how long it is trained."""
 
     out: Annotated[Path, Flag("folder for llada/ and llada-draft/ (default: tests/toy)")] = TOY
@@ -61,9 +61,6 @@ class ToyPairConfig:
     steps: Annotated[int, Flag("of the model's training", at_least=1)] = pretraining.SCHEDULE.steps
     distillation_steps: Annotated[int, Flag("of the draft's", at_least=1)] = 400
     seed: Annotated[int, Flag(at_least=0, at_most=MOST_SEED)] = 0
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):

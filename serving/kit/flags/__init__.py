@@ -1,14 +1,14 @@
 """A command line from a command's configuration: a frozen, keyword-only dataclass whose fields tell their flags.
 
     @dataclass(frozen=True, kw_only=True)
-    class LossConfig:
+    class LossConfig(BoundedConfig):
         prompts: Annotated[Path, Flag("JSONL, one prompt per line", metavar="FILE")]
         max_tokens: Annotated[int, Flag("output tokens per prompt", metavar="N", at_least=1)] = 128
 
     config = read_flags(LossConfig, argv, prog="evals/loss.py", description=__doc__, epilog=EXAMPLES)
 
-A Python caller makes the same object by hand. What is checked is checked in the object: `check_bounds(self)` in
-`__post_init__`, and whatever holds between fields, raise FlagError there.
+A Python caller makes the same object by hand. What is checked is checked in the object, as it is made: `BoundedConfig`
+does so for the flags' bounds, a `__post_init__` for whatever holds between fields. Both raise FlagError.
 
 | a field's type | its flag |
 |--|--|
@@ -30,6 +30,7 @@ from laguna_serve.serving.kit.flags.declaration import (
     MOST_TEXT,
     MOST_THREADS,
     MOST_TOGETHER,
+    BoundedConfig,
     Config,
     Flag,
     FlagError,
@@ -44,6 +45,7 @@ __all__ = [
     "MOST_TEXT",
     "MOST_THREADS",
     "MOST_TOGETHER",
+    "BoundedConfig",
     "Config",
     "Flag",
     "FlagError",

@@ -109,6 +109,15 @@ def check_bounds(config: Config) -> None:
                 raise FlagError(f"{subject}: expected one of {', '.join(map(str, choices))}, got {part}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BoundedConfig:
+    """A configuration that refuses values outside of their flags' bounds as it is made."""
+
+    def __post_init__(self) -> None:
+        """Raise FlagError as `check_bounds` does."""
+        check_bounds(self)
+
+
 def _find_most(name: str, flag: Flag, value: object) -> float | None:
     """Find the largest value of a field: its flag's, or that of any whole number."""
     if flag.at_most is not None or type(value) is not int:

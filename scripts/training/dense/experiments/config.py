@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from laguna_serve.scripts.training.dense.config import FULL, DistillConfig
-from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, BoundedConfig, Flag
 
 
 def _parse_ks(text: str) -> tuple[int, ...]:
@@ -20,7 +20,7 @@ def _parse_ks(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentsConfig:
+class ExperimentsConfig(BoundedConfig):
     """A toy teacher, and how long its students learn."""
 
     teacher: Annotated[str, Flag("folder of a toy Laguna", positional=True)]
@@ -37,10 +37,6 @@ class ExperimentsConfig:
     budget: Annotated[int, Flag("tokens of an answer at most (default 256)", at_least=1)] = 256
     threads: Annotated[int, Flag("on a CPU (default 1)", at_least=1, at_most=MOST_THREADS)] = 1
     seed: Annotated[int, Flag(at_least=0, at_most=MOST_SEED)] = 0
-
-    def __post_init__(self) -> None:
-        """Raise FlagError for what is too small."""
-        check_bounds(self)
 
     @property
     def work(self) -> Path:
