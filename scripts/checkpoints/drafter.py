@@ -11,13 +11,12 @@ from typing import Annotated, Literal
 
 import msgspec
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from laguna_serve.scripts.checkpoints.drafters.agreement import TOLERANCE, measure_difference
 from laguna_serve.scripts.checkpoints.drafters.algebra import Conversion, Tensors, to_laguna, to_speculators
 from laguna_serve.scripts.checkpoints.drafters.speculators import choose_vocabulary
-from laguna_serve.scripts.checkpoints.headers import open_file, read_headers
+from laguna_serve.scripts.checkpoints.headers import open_file, read_headers, read_tensors
 from laguna_serve.scripts.checkpoints.output import check_space, copy_others, is_free, save_checkpoint
 from laguna_serve.scripts.checkpoints.tool import print_outcome, require_out, run_tool
 from laguna_serve.scripts.text.rows import read_documents
@@ -156,22 +155,13 @@ def _report(
     )
 
 
-def read_tensors(folder: Path) -> Tensors:
-    """Every tensor of a drafter."""
-    tensors: Tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with open_file(path) as file:
-            tensors |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    return tensors
-
-
 def read_shared(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Read the target's head and embedding, [V, H] each; one that ties them has the embedding alone."""
     headers, _ = read_headers(folder, str(folder))
     shared: Tensors = {}
     for name in HEADS:
         if name in headers:
-            with safe_open(folder / headers[name].file, framework="pt") as file:
+            with open_file(folder / headers[name].file) as file:
                 shared[name] = file.get_tensor(name).clone()
     if EMBEDDING not in shared:
         raise CheckpointError(f"{folder}: expected tensor {EMBEDDING}, got none; is the download complete?")

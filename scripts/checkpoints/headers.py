@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from laguna_serve.serving.checkpoint import CheckpointError
@@ -77,6 +78,21 @@ def open_files(folder: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Several files of a folder, mapped."""
     with ExitStack() as stack:
         yield {name: stack.enter_context(open_file(folder / name)) for name in sorted(set(names))}
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a drafter, in one file or several."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with open_file(path) as file:
+            tensors |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def is_identical(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes: NaN equals NaN, and −0 does not equal 0."""
+    views = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(*views)
 
 
 def _list_files(folder: Path, name: str) -> list[str]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -201,6 +202,15 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         files.write_file(path, write_tensors_too)
     except files.WriteError as error:
         raise CheckpointError(f"{error}: finished files are kept") from None
+
+
+def write_described(output: Output, name: str, content: Mapping[str, Any] | bytes) -> None:
+    """Write a file that describes the checkpoint, a JSON object or a copy of the source's bytes, and note it."""
+    if not isinstance(content, bytes):
+        content = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    text = content
+    write_file(output.folder / name, lambda partial: partial.write_bytes(text))
+    output.note(name)
 
 
 def save_checkpoint(folder: Path, save: Callable[[Path], object]) -> None:

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from laguna_serve.scripts.checkpoints.output import open_output
-from laguna_serve.scripts.checkpoints.requantised import read_numbers, write
+from laguna_serve.scripts.checkpoints.mirrored import Status, write_mirrored
+from laguna_serve.scripts.checkpoints.requantised import read_numbers
 from laguna_serve.scripts.checkpoints.tool import format_rows, print_outcome, require_out, run_tool
 from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.kit.cli import HELD
@@ -52,7 +52,7 @@ class QuantiseResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schem
     source: str
     to: Literal["fp8", "bf16", "fp32"]
     out: str | None
-    status: Literal["written", "already complete", "dry run"]
+    status: Status
     bytes_before: int
     bytes_after: int
 
@@ -78,12 +78,7 @@ def quantise(config: QuantiseConfig) -> QuantiseResult:
     """
     folder = require_folder(config.source)
     source = read_numbers(folder, config.source, config.to)
-    status: Literal["written", "already complete", "dry run"] = "dry run"
-    if config.out is not None and not config.dry_run:
-        output = open_output(config.out, folder, {"source": source.fingerprint, "to": config.to}, JOURNAL)
-        status = "already complete" if output.complete else "written"
-        if not output.complete:
-            write(source, output)
+    status = write_mirrored(source, config.out, {"to": config.to}, JOURNAL, dry_run=config.dry_run)
     return QuantiseResult(
         source=config.source,
         to=config.to,

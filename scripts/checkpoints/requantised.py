@@ -10,11 +10,8 @@ Files, their metadata and the order of the tensors are kept, and written one at 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,14 +20,10 @@ from laguna_serve.plugins.formats.experts import FP8, PLAIN, read_base_format
 from laguna_serve.plugins.formats.fp8 import count_blocks, dequantise_blocks, quantise_blocks
 from laguna_serve.scripts.checkpoints.headers import (
     FP8_DTYPE,
-    INDEX,
-    ITEM_BYTES,
-    Entry,
-    open_file,
     open_files,
     read_headers,
 )
-from laguna_serve.scripts.checkpoints.output import Output, write_file, write_files, write_tensors
+from laguna_serve.scripts.checkpoints.mirrored import MirroredSource, Planned
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -81,23 +74,14 @@ QUANTISATION: JsonObject = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class NumbersSource:
+class NumbersSource(MirroredSource):
     """A checked checkpoint and the numbers that are wanted of it: "fp8", "bf16" or "fp32"."""
 
-    folder: Path
-    config: ConfigJson
-    tensors: dict[str, Entry]
-    fingerprint: str
     to: str
 
-    @property
-    def files(self) -> list[str]:
-        """Of its tensors, in the order in which they are written."""
-        return sorted({entry.file for entry in self.tensors.values()})
-
-    def plan(self, file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Output tensor → dtype in safetensors' spelling and shape, of one file."""
-        planned: dict[str, tuple[str, tuple[int, ...]]] = {}
+    def plan(self, file: str) -> Planned:
+        """Plan the tensors of an output file."""
+        planned: Planned = {}
         for name, entry in self.tensors.items():
             if entry.file != file or (self.to != FP8 and name.endswith(SCALE)):
                 continue
@@ -116,9 +100,17 @@ class NumbersSource:
         """Whether a tensor's numbers become plain ones; fp32 stays, as the releases have their routers' biases."""
         return self.tensors[name].dtype in (FP8_DTYPE, "BF16", "F16")
 
-    def size(self, file: str) -> int:
-        """Bytes of an output file's tensors."""
-        return sum(torch.Size(shape).numel() * ITEM_BYTES[dtype] for dtype, shape in self.plan(file).values())
+    def make(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Make what stands in the output for one of its tensors."""
+        return _quantise(name, tensor) if self.to == FP8 else _dequantise(self, name)
+
+    def describe(self) -> ConfigJson:
+        """Describe the output's numbers in its config.json."""
+        config = {key: value for key, value in self.config.items() if key not in QUANTISATION_KEYS}
+        if self.to == FP8:
+            return {**config, "quantization_config": QUANTISATION}
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        return {**config, **dict.fromkeys(keys, DTYPES[self.to][1])}
 
 
 def read_numbers(folder: Path, name: str, to: str) -> NumbersSource:
@@ -143,41 +135,6 @@ def read_numbers(folder: Path, name: str, to: str) -> NumbersSource:
     if not any(map(MATRIX.fullmatch, tensors)):
         raise CheckpointError(f"{name}: expected feed-forward layers with a matrix each, got none; use published names")
     return NumbersSource(folder, config, tensors, fingerprint, to)
-
-
-def write(source: NumbersSource, output: Output) -> None:
-    """Write what is not there yet; config.json and the index come last."""
-    sizes = {file: source.size(file) for file in source.files}
-    with write_files(output, source.folder, sizes, partial(_write_file, source)):
-        described = {"config.json": describe(source)}
-        if (source.folder / INDEX).is_file():
-            weight_map = {name: file for file in source.files for name in source.plan(file)}
-            total = sum(map(source.size, source.files))
-            described[INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        for name, content in described.items():
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            write_file(output.folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-            output.note(name)
-
-
-def describe(source: NumbersSource) -> ConfigJson:
-    """Describe the output's numbers in its config.json."""
-    config = {key: value for key, value in source.config.items() if key not in QUANTISATION_KEYS}
-    if source.to == FP8:
-        return {**config, "quantization_config": QUANTISATION}
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    return {**config, **dict.fromkeys(keys, DTYPES[source.to][1])}
-
-
-def _write_file(source: NumbersSource, file: str, path: Path, advance: Callable[[int], None]) -> None:
-    with open_file(source.folder / file) as opened:
-        tensors: dict[str, torch.Tensor] = {}
-        for name in opened.keys():  # noqa: SIM118  safe_open is no mapping
-            made = _quantise(name, opened.get_tensor(name)) if source.to == FP8 else _dequantise(source, name)
-            tensors |= made
-            advance(sum(tensor.nbytes for tensor in made.values()))
-        write_tensors(path, tensors, opened.metadata())
-        tensors.clear()
 
 
 def _quantise(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

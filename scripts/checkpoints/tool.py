@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import msgspec
 from laguna_serve.plugins.formats.experts import ExpertFormatError
 from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.plugins.pruning import PruningError
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, INTERRUPTED
-from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.cli import run_command
 from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.signals import defer_signals
@@ -24,15 +22,12 @@ def run_tool(body: Callable[[], int], interrupted: str) -> int:
 
     Bad input is one line on stderr, and so is an interruption, with what becomes of it.
     """
-    try:
+
+    def run() -> int:
         with defer_signals():
             return body()
-    except (CommandError, ExpertFormatError, PaddingError, PruningError) as error:
-        print(f"laguna: error: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
-    except KeyboardInterrupt:
-        print(f"laguna: interrupted; {interrupted}", file=sys.stderr)
-        return INTERRUPTED
+
+    return run_command("laguna", run, others=(ExpertFormatError, PaddingError, PruningError), interrupted=interrupted)
 
 
 def require_out(out: Path | None, *, dry_run: bool) -> None:

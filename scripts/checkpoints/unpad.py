@@ -17,16 +17,15 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from laguna_serve.plugins.padding import PaddingError
-from laguna_serve.scripts.checkpoints.output import open_output
+from laguna_serve.scripts.checkpoints.mirrored import Status, write_mirrored
 from laguna_serve.scripts.checkpoints.tool import format_rows, print_outcome, require_out, run_tool
 from laguna_serve.scripts.checkpoints.width_checks import compare, count_negative_zeros
-from laguna_serve.scripts.checkpoints.widths import WidthsSource, read_padded, read_unpadded, write
+from laguna_serve.scripts.checkpoints.widths import WidthsSource, read_padded, read_unpadded
 from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import JsonObject
 
-Status = Literal["written", "already complete", "dry run"]
 UNPAD_EXAMPLES = """examples:
   laguna unpad tests/toy/dense --out out/dense --verify
   laguna unpad STUDENT --dry-run                  which layers are padded, and what would be saved?
@@ -133,21 +132,17 @@ def pad(config: WidthsConfig) -> PadResult:
 
 def _convert(config: WidthsConfig, folder: Path, source: WidthsSource, tool: str, read_s: float) -> JsonObject:
     """Write what is not there yet; return the fields of a WidthsResult."""
-    status: Status = "dry run"
+    status = write_mirrored(source, config.out, {"tool": tool}, f"{tool}.json", dry_run=config.dry_run)
     verified: bool | UnsetType = UNSET
-    if config.out is not None and not config.dry_run:
-        output = open_output(config.out, folder, {"source": source.fingerprint, "tool": tool}, f"{tool}.json")
-        status = "already complete" if output.complete else "written"
-        if not output.complete:
-            write(source, output)
-        verified = is_equal(source, config.out) if config.verify else UNSET
-    before, after = (sum(source.num_bytes(name, changed=c) for name in source.tensors) for c in (False, True))
+    if config.out is not None and not config.dry_run and config.verify:
+        verified = is_equal(source, config.out)
+    before = sum(entry.num_bytes for entry in source.tensors.values())
     return {
         "source": config.source,
         "out": None if config.out is None else str(config.out),
         "parameters_before": source.parameters(changed=False),
         "parameters_after": source.parameters(changed=True),
-        "bytes_saved": before - after,
+        "bytes_saved": before - sum(map(source.size, source.files)),
         "widths": tuple(source.units[layer].width for layer in sorted(source.units)),
         "stored_width": next(iter(source.units.values())).stored,
         "whole_layers": _list_whole_layers(source),

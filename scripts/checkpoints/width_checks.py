@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from laguna_serve.plugins.padding import PaddingError
-from laguna_serve.scripts.checkpoints.headers import SCALE_SUFFIXES, open_file
+from laguna_serve.scripts.checkpoints.headers import SCALE_SUFFIXES, is_identical, open_file
 from laguna_serve.scripts.checkpoints.widths import WidthsSource
 from laguna_serve.serving.kit.signals import check_signals
 
@@ -38,10 +38,6 @@ def compare(source: WidthsSource, out: Path) -> None:
                 raise PaddingError(f"{out / file}: expected the tensors of the source, got others; make it again")
             for name in before.keys():  # noqa: SIM118
                 wanted, got = source.change(name, before.get_tensor(name)), after.get_tensor(name)
-                if (wanted.dtype, wanted.shape) != (got.dtype, got.shape) or not torch.equal(_bits(wanted), _bits(got)):
+                if not is_identical(wanted, got):
                     raise PaddingError(f"{out / file}: expected {name} of the source, got other values; make it again")
                 check_signals()
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -18,12 +18,10 @@ Scales of FP8 matrices are cut to the blocks of the true width.  What the blocks
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,16 +31,14 @@ from laguna_serve.plugins.formats.experts import SCALE_BLOCK, read_base_format
 from laguna_serve.plugins.padding import WIDTHS_KEY, Units, is_dense, read_widths, scan_layers
 from laguna_serve.scripts.checkpoints.headers import (
     INDEX,
-    ITEM_BYTES,
     SCALE_SUFFIXES,
-    Entry,
     count_stored,
-    open_file,
     open_files,
     read_headers,
 )
-from laguna_serve.scripts.checkpoints.output import Output, write_file, write_files, write_tensors
+from laguna_serve.scripts.checkpoints.mirrored import MirroredSource, Planned
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
+from laguna_serve.serving.kit.results import JsonObject
 
 ARCHITECTURE = "LagunaDenseForCausalLM"
 ORIGIN_KEY = "unpadded_from"
@@ -51,7 +47,7 @@ MATRIX = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight(_sc
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WidthsSource:
+class WidthsSource(MirroredSource):
     """A checked dense checkpoint and the units of its layers.
 
     Attributes:
@@ -59,18 +55,9 @@ class WidthsSource:
         padding_scales: scale of an FP8 matrix → what it has in blocks of padding.
     """
 
-    folder: Path
-    config: ConfigJson
-    tensors: dict[str, Entry]
     units: dict[int, Units]
-    fingerprint: str
     unpads: bool
     padding_scales: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def files(self) -> list[str]:
-        """Of its tensors, in the order in which they are written."""
-        return sorted({entry.file for entry in self.tensors.values()})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape in the output."""
@@ -99,10 +86,37 @@ class WidthsSource:
             return units.trim_scale(tensor, dim) if self.unpads else units.pad_scale(tensor, dim, self._scale_of(name))
         return padded[0].trim(tensor, padded[1]) if self.unpads else padded[0].pad(tensor, padded[1])
 
-    def num_bytes(self, name: str, *, changed: bool) -> int:
-        """Count a tensor's bytes here or in the output."""
-        entry = self.tensors[name]
-        return math.prod(self.shape(name)) * ITEM_BYTES[entry.dtype] if changed else entry.num_bytes
+    def plan(self, file: str) -> Planned:
+        """Plan the tensors of an output file."""
+        entries = {name: entry for name, entry in self.tensors.items() if entry.file == file}
+        return {name: (entry.dtype, self.shape(name)) for name, entry in entries.items()}
+
+    def make(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Make what stands in the output for one of its tensors: itself, at its width there."""
+        return {name: self.change(name, tensor)}
+
+    def describe(self) -> ConfigJson:
+        """Describe the output's config.json: the source's, at the widths that are stored."""
+        config = dict(self.config)
+        if not self.unpads:
+            origin = config.pop(ORIGIN_KEY, None) or {}
+            config.pop(WIDTHS_KEY)
+            # In place, so that the order of the keys is as it was.
+            config["architectures"] = origin.get("architectures", ["LagunaForCausalLM"])
+            return config
+        runs = {str(layer): units.runs for layer, units in self.units.items() if units.runs != ((0, units.width),)}
+        origin = {"architectures": config.get("architectures") or ["LagunaForCausalLM"], "kept_units": runs}
+        if self.padding_scales:
+            origin[SCALES_KEY] = dict(self.padding_scales)
+        config["architectures"] = [ARCHITECTURE]
+        widths = [self.units[layer].width for layer in sorted(self.units)]
+        return {**config, WIDTHS_KEY: widths, ORIGIN_KEY: origin}
+
+    def describe_index(self) -> JsonObject:
+        """Describe where the output's tensors are: as before, but for their size."""
+        index: JsonObject = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        index.setdefault("metadata", {})["total_size"] = sum(map(self.size, self.files))
+        return index
 
     def _scale_of(self, name: str) -> float:
         return self.padding_scales.get(name.removesuffix("_scale"), 1.0)
@@ -131,7 +145,7 @@ def read_padded(folder: Path, name: str) -> WidthsSource:
         raise CheckpointError(f"{name}: expected {expected}, got {stored}; does config.json fit the files?")
     if all(own.is_whole for own in units.values()) and not any(own.broken is not None for own in units.values()):
         raise CheckpointError(f"{name}: expected padded layers, got none; serve it as it is")
-    source = WidthsSource(folder, config, tensors, units, fingerprint, unpads=True)
+    source = WidthsSource(folder, config, tensors, fingerprint, units, unpads=True)
     return replace(source, padding_scales=_read_padding_scales(source))
 
 
@@ -180,7 +194,7 @@ def read_unpadded(folder: Path, name: str) -> WidthsSource:
     if not isinstance(scales, dict) or not all(isinstance(value, float | int) for value in scales.values()):
         expected = f"{ORIGIN_KEY}.{SCALES_KEY} to be numbers by matrix"
         raise CheckpointError(f"{name}: expected {expected}, got {scales!r}; unpad the checkpoint again")
-    source = WidthsSource(folder, config, tensors, units, fingerprint, unpads=False, padding_scales=scales)
+    source = WidthsSource(folder, config, tensors, fingerprint, units, unpads=False, padding_scales=scales)
     for tensor, entry in tensors.items():
         padded = source.find(tensor)
         if padded is None or tensor.endswith(SCALE_SUFFIXES):
@@ -212,53 +226,3 @@ def _read_dense(folder: Path, name: str) -> ConfigJson:
         remedy = "for a mixture of experts there is `laguna compact`"
         raise CheckpointError(f"{name}: expected a Laguna of dense layers alone, got {got!r} with others; {remedy}")
     return config
-
-
-def describe(source: WidthsSource) -> ConfigJson:
-    """Describe the output's config.json: the source's, at the widths that are stored."""
-    config = dict(source.config)
-    if not source.unpads:
-        origin = config.pop(ORIGIN_KEY, None) or {}
-        config.pop(WIDTHS_KEY)
-        # In place, so that the order of the keys is as it was.
-        config["architectures"] = origin.get("architectures", ["LagunaForCausalLM"])
-        return config
-    runs = {str(layer): units.runs for layer, units in source.units.items() if units.runs != ((0, units.width),)}
-    origin = {"architectures": config.get("architectures") or ["LagunaForCausalLM"], "kept_units": runs}
-    if source.padding_scales:
-        origin[SCALES_KEY] = dict(source.padding_scales)
-    config["architectures"] = [ARCHITECTURE]
-    widths = [source.units[layer].width for layer in sorted(source.units)]
-    return {**config, WIDTHS_KEY: widths, ORIGIN_KEY: origin}
-
-
-def write(source: WidthsSource, output: Output) -> None:
-    """Write what is not there yet; config.json and the index come last."""
-    sizes = {name: source.num_bytes(name, changed=True) for name in source.tensors}
-    totals = {
-        file: sum(size for name, size in sizes.items() if source.tensors[name].file == file) for file in source.files
-    }
-    with write_files(output, source.folder, totals, partial(_write_file, source)):
-        _write_descriptions(source, sizes, output)
-
-
-def _write_file(source: WidthsSource, file: str, path: Path, advance: Callable[[int], None]) -> None:
-    with open_file(source.folder / file) as opened:
-        tensors = {}
-        for name in opened.keys():  # noqa: SIM118  safe_open is no mapping
-            tensors[name] = source.change(name, opened.get_tensor(name))
-            advance(source.num_bytes(name, changed=True))
-        write_tensors(path, tensors, opened.metadata())
-        tensors.clear()
-
-
-def _write_descriptions(source: WidthsSource, sizes: dict[str, int], output: Output) -> None:
-    described = {"config.json": describe(source)}
-    if (source.folder / INDEX).is_file():
-        index = json.loads((source.folder / INDEX).read_text(encoding="utf-8"))
-        index.setdefault("metadata", {})["total_size"] = sum(sizes.values())
-        described[INDEX] = index
-    for name, content in described.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_file(output.folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-        output.note(name)

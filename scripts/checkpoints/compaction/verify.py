@@ -27,7 +27,7 @@ from laguna_serve.scripts.checkpoints.compaction.shards import (
     block_shapes,
     list_inputs,
 )
-from laguna_serve.scripts.checkpoints.headers import open_file, open_files
+from laguna_serve.scripts.checkpoints.headers import is_identical, open_file, open_files
 from laguna_serve.serving.checkpoint import CheckpointError
 
 # Both sides multiply the same numbers in fp32 and add them up in another order: some 1e-6 of the largest output.
@@ -77,14 +77,9 @@ def _compare_passed(job: Compaction, shard: Shard, base: dict[str, Any], made: A
         if name in experts:
             continue
         old, again = base[job.base.tensors[name].file].get_tensor(name), made.get_tensor(new)
-        if (old.dtype, old.shape) != (again.dtype, again.shape) or not torch.equal(_bits(old), _bits(again)):
+        if not is_identical(old, again):
             remedy = "remove the folder and make it again"
             raise DifferenceError(f"{out}: expected {new} as in the base, got other values; {remedy}")
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """View the bytes, so that NaN equals NaN and −0 does not equal 0."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _compare_layer(job: Compaction, layer: int, where: dict[str, str], out: Path) -> float:

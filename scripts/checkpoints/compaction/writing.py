@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.scripts.checkpoints.compaction.shards import Advance, Compaction, Shard, build_tensors, tensor_bytes
 from laguna_serve.scripts.checkpoints.compaction.zeroed import copy_zeroed
 from laguna_serve.scripts.checkpoints.headers import INDEX
-from laguna_serve.scripts.checkpoints.output import Output, write_file, write_files, write_tensors
+from laguna_serve.scripts.checkpoints.output import Output, write_described, write_file, write_files, write_tensors
 from laguna_serve.serving.checkpoint import ConfigJson, name_checkpoint
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -40,20 +37,16 @@ def write_shard(job: Compaction, shard: Shard, path: Path, advance: Advance) -> 
 
 def write_description(job: Compaction, shards: list[Shard], output: Output, source: JsonObject) -> None:
     """Write the index, where the base has one, and config.json."""
-    files: dict[str, bytes] = {}
     if job.zeroed:
         for name in (INDEX, "config.json") if job.base.sharded else ("config.json",):
-            files[name] = (job.base.folder / name).read_bytes()
-    else:
-        if job.base.sharded:
-            sizes = {name: (shard.name, size) for shard in shards for name, size in tensor_bytes(job, shard).items()}
-            total = sum(size for _, size in sizes.values())
-            weight_map = {name: sizes[name][0] for name in sorted(sizes)}
-            files[INDEX] = _encode({"metadata": {"total_size": total}, "weight_map": weight_map})
-        files["config.json"] = _encode(describe_config(job, source))
-    for name, content in files.items():
-        write_file(output.folder / name, lambda partial, content=content: partial.write_bytes(content))  # type: ignore[misc]
-        output.note(name)
+            write_described(output, name, (job.base.folder / name).read_bytes())
+        return
+    if job.base.sharded:
+        sizes = {name: (shard.name, size) for shard in shards for name, size in tensor_bytes(job, shard).items()}
+        total = sum(size for _, size in sizes.values())
+        weight_map = {name: sizes[name][0] for name in sorted(sizes)}
+        write_described(output, INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_described(output, "config.json", describe_config(job, source))
 
 
 def describe_config(job: Compaction, source: JsonObject) -> ConfigJson:
@@ -66,7 +59,3 @@ def describe_config(job: Compaction, source: JsonObject) -> ConfigJson:
         "source": {"base": name_checkpoint(job.base.name), **source},
     }
     return {**job.base.config, "architectures": [ARCHITECTURE], "expert_pruning": described}
-
-
-def _encode(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

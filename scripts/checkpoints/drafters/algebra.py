@@ -33,6 +33,7 @@ from laguna_serve.plugins.layers import SPARSE, list_heads, resolve_layer_kinds
 from laguna_serve.scripts.checkpoints.drafters.layout import (
     SHARED_KEYS,
     describe_laguna,
+    describe_speculators,
     read_block_size,
     read_layer_types,
     read_rope,
@@ -220,33 +221,22 @@ def _check_vocabulary(done: Conversion, config: ConfigJson, tensors: Tensors, he
 def _speculators_config(config: ConfigJson, verifier: str, drafted: int) -> ConfigJson:
     layers = {key: config[key] for key in (*SHARED_KEYS, "sliding_window") if config.get(key) is not None}
     layers |= {
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "attention_bias": False,
         "layer_types": read_layer_types(config),
         "num_attention_heads": list_heads(config)[0],
         "rope_parameters": read_rope(config),
     }
-    dflash, block_size = config["dflash_config"], read_block_size(config)
-    proposal = {"proposal_type": "greedy", "speculative_tokens": block_size - 1}
-    return {
-        "architectures": ["DFlashSpeculator"],
-        "dtype": read_dtype(dict(config)),
-        "speculators_model_type": "dflash",
-        "speculators_config": {
-            "algorithm": "dflash",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
-            "verifier": {"name_or_path": verifier, "architectures": ["LagunaForCausalLM"]},
-        },
-        "transformer_layer_config": layers,
-        "draft_vocab_size": drafted,
-        "target_hidden_size": config["hidden_size"],
-        "block_size": block_size,
-        "mask_token_id": dflash["mask_token_id"],
-        "aux_hidden_state_layer_ids": [layer + 1 for layer in dflash["target_layer_ids"]],
-        "sliding_window_non_causal": not dflash.get("causal", False),
-    }
+    dflash = config["dflash_config"]
+    return describe_speculators(
+        layers,
+        verifier=verifier,
+        draft_vocab_size=drafted,
+        target_hidden_size=config["hidden_size"],
+        layer_ids=dflash["target_layer_ids"],
+        block_size=read_block_size(config),
+        mask_token_id=dflash["mask_token_id"],
+        causal=dflash.get("causal", False),
+        dtype=read_dtype(dict(config)),
+    )
 
 
 def _laguna_config(config: ConfigJson, target_layers: int) -> ConfigJson:

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from laguna_serve.plugins.models.dflash_head import SequentialHead
 from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
+from laguna_serve.scripts.checkpoints.headers import read_tensors
 
 IGNORED = -100  # a label that no loss counts
 
@@ -228,13 +229,8 @@ class LagunaDrafter(nn.Module):
     def load(cls, folder: Path) -> LagunaDrafter:
         """Read a checkpoint in this format, as fp32."""
         drafter = cls(DrafterShape.from_config(json.loads((folder / "config.json").read_text())))
-        drafter.load_state_dict({k: v.float() for k, v in read_files(folder).items()})
+        drafter.load_state_dict({k: v.float() for k, v in read_tensors(folder).items()})
         return drafter.eval()
-
-
-def read_files(folder: Path) -> dict[str, torch.Tensor]:
-    """Read every tensor of a drafter, in one file or several."""
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 class TapReader:

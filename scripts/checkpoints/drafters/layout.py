@@ -10,6 +10,7 @@ from laguna_serve.plugins.layers import DEFAULT_ROPE, FULL, SLIDING, find_droppe
 from laguna_serve.serving.checkpoint import ConfigJson
 from laguna_serve.serving.kit.results import JsonObject
 
+PROPOSAL = "greedy"
 SHARED_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
@@ -60,6 +61,46 @@ def describe_laguna(
         "rope_parameters": {FULL: dict(rope), SLIDING: dict(rope)},
         "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in layer_ids],
         "dflash_config": {**dflash, "target_layer_ids": list(layer_ids), "causal": causal},
+    }
+
+
+def describe_speculators(
+    layers: Mapping[str, Any],
+    *,
+    verifier: str,
+    draft_vocab_size: int,
+    target_hidden_size: int,
+    layer_ids: Sequence[int],
+    block_size: int,
+    mask_token_id: int,
+    causal: bool,
+    dtype: str = "bfloat16",
+) -> ConfigJson:
+    """Describe a config.json in the speculators format.
+
+    Args:
+        layers: sizes, layer_types and rope_parameters of its layers, which are Qwen3's.
+        verifier: name of the target.
+        layer_ids: the target's layers that are tapped, counted from 0.
+    """
+    proposal = {"proposal_type": PROPOSAL, "speculative_tokens": block_size - 1}
+    return {
+        "architectures": ["DFlashSpeculator"],
+        "dtype": dtype,
+        "speculators_model_type": "dflash",
+        "speculators_config": {
+            "algorithm": "dflash",
+            "default_proposal_method": PROPOSAL,
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": verifier, "architectures": ["LagunaForCausalLM"]},
+        },
+        "transformer_layer_config": {**layers, "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False},
+        "draft_vocab_size": draft_vocab_size,
+        "target_hidden_size": target_hidden_size,
+        "block_size": block_size,
+        "mask_token_id": mask_token_id,
+        "aux_hidden_state_layer_ids": [layer + 1 for layer in layer_ids],
+        "sliding_window_non_causal": not causal,
     }
 
 

@@ -11,6 +11,7 @@ Source: models/qwen3_dflash.py and transformers_utils/configs/speculators/algos.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,19 +19,19 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from laguna_serve.plugins.layers import SLIDING
+from laguna_serve.plugins.layers import FULL, SLIDING
 from laguna_serve.scripts.checkpoints.drafters.dflash import (
     IGNORED,
     DrafterLayer,
     LagunaDrafter,
     Norm,
     linear,
-    read_files,
 )
-from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
+from laguna_serve.scripts.checkpoints.drafters.layout import SHARED_KEYS, describe_speculators
+from laguna_serve.scripts.checkpoints.drafters.shape import MAX_POSITIONS, DrafterShape
+from laguna_serve.scripts.checkpoints.headers import read_tensors
 from laguna_serve.serving.checkpoint import ConfigJson
 
-PROPOSAL = "greedy"
 DEFAULT_ROPE_THETA = 1e6  # vLLM's, for a config that names none
 SPLIT = ("q_proj", "k_proj", "v_proj")
 
@@ -90,44 +91,25 @@ class SpeculatorsDrafter(LagunaDrafter):
     def config(self, verifier: str) -> ConfigJson:
         """Return the checkpoint's config.json; `verifier` names the target."""
         shape = self.shape
-        layers = {
-            "model_type": "qwen3",
-            "vocab_size": shape.vocab_size,
-            "hidden_size": shape.hidden_size,
-            "intermediate_size": shape.intermediate_size,
-            "num_hidden_layers": shape.num_hidden_layers,
-            "num_attention_heads": shape.num_attention_heads,
-            "num_key_value_heads": shape.num_key_value_heads,
-            "head_dim": shape.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": shape.rms_norm_eps,
-            "attention_bias": False,
-            "max_position_embeddings": 2048,
-            "layer_types": ["full_attention"] * shape.num_hidden_layers,
+        sizes = asdict(shape) | {"max_position_embeddings": MAX_POSITIONS}
+        layers = {name: sizes[name] for name in SHARED_KEYS} | {
+            "layer_types": [FULL] * shape.num_hidden_layers,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": shape.rope_theta,
                 "partial_rotary_factor": shape.partial_rotary_factor,
             },
         }
-        proposal = {"proposal_type": PROPOSAL, "speculative_tokens": shape.gamma}
-        return {
-            "architectures": ["DFlashSpeculator"],
-            "dtype": "bfloat16",
-            "speculators_model_type": "dflash",
-            "speculators_config": {
-                "algorithm": "dflash",
-                "default_proposal_method": PROPOSAL,
-                "proposal_methods": [proposal],
-                "verifier": {"name_or_path": verifier, "architectures": ["LagunaForCausalLM"]},
-            },
-            "transformer_layer_config": layers,
-            "draft_vocab_size": len(self.get_buffer("vocabulary")),
-            "target_hidden_size": shape.hidden_size,
-            "block_size": shape.block_size,
-            "mask_token_id": shape.mask_token_id,
-            "aux_hidden_state_layer_ids": [layer + 1 for layer in shape.target_layer_ids],
-        }
+        return describe_speculators(
+            layers,
+            verifier=verifier,
+            draft_vocab_size=len(self.get_buffer("vocabulary")),
+            target_hidden_size=shape.hidden_size,
+            layer_ids=shape.target_layer_ids,
+            block_size=shape.block_size,
+            mask_token_id=shape.mask_token_id,
+            causal=shape.causal,
+        )
 
     def list_tensors(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
         """List what model.safetensors holds, on the CPU; queries, keys and values apart."""
@@ -164,7 +146,7 @@ class SpeculatorsDrafter(LagunaDrafter):
             causal=not config.get("sliding_window_non_causal", True),
             sliding_window=layers["sliding_window"] if SLIDING in (layers.get("layer_types") or []) else None,
         )
-        tensors = read_files(folder)
+        tensors = read_tensors(folder)
         d2t = tensors.pop("d2t", torch.zeros(config["draft_vocab_size"], dtype=torch.int64))
         tensors.pop("t2d", None)
         tensors.pop("embed_tokens.weight", None)

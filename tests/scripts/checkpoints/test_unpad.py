@@ -261,6 +261,20 @@ def test_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert unpad.main([str(padded(tmp_path / "in")), "--out", str(tmp_path / ("a" * 300))]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("laguna: error: ")
+    assert said.endswith(": File name too long\n")
+
+
+def test_index_is_there_before_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(output_module.Output, "note", lambda _self, name: written.append(name))
+    assert unpad.main([str(padded(tmp_path / "in", shards=3)), "--out", str(tmp_path / "out")]) == 0
+    assert written[-2:] == ["model.safetensors.index.json", "config.json"]
+
+
 def test_command_line(tmp_path: Path) -> None:
     """Through `laguna`, and ended by a signal like any other program."""
     command = [sys.executable, "-m", "laguna_serve.serving.cli"]
