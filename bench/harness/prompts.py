@@ -23,6 +23,7 @@ from msgspec import UNSET, UnsetType
 
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.kit.files import number_lines
 from laguna_serve.serving.kit.flags import Flag
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -111,18 +112,14 @@ def load_prompts(path: Path, chat: bool = False, thinking: Thinking | None = Non
             "messages", or repeats an earlier prompt or id; or `thinking` is given and nothing goes through a template.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # not splitlines(): U+2028 may stand inside a JSON string
+        lines = list(number_lines(path))
     except OSError as error:
         raise PromptsError(f"{path}: expected a prompts file, got {error.strerror}; check --prompts") from error
     except UnicodeDecodeError as error:
         raise PromptsError(f"{path}: expected UTF-8 text, got {error}; re-encode the file") from error
     prompts: list[Prompt] = []
     seen: dict[tuple[str, str], int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         prompt = _parse_line(f"{path}:{number}", number, line, chat, thinking)
         for key in (("prompt", prompt.text), ("id", prompt.id)):
             if (first := seen.setdefault(key, number)) != number:

@@ -26,7 +26,7 @@ from laguna_serve.evals.harnesses.settings import Suite, SuiteError
 from laguna_serve.evals.problems.problem import Problem, ProblemsError
 from laguna_serve.evals.problems.protocols import PROTOCOLS, SLOW_CPU_S, check_asking
 from laguna_serve.evals.sandbox import choose_walls
-from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.files import number_lines, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 
@@ -128,12 +128,10 @@ def load_samples(path: Path, problems: Sequence[Problem]) -> list[tuple[Problem,
     by_id = {problem.task_id: problem for problem in problems}
     samples = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand inside a string
+        lines = list(number_lines(path))
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: expected evalplus's samples, got {error}; check --samples") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
             row = json.loads(line)
             problem = by_id[row["task_id"]]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from laguna_serve.evals.harnesses.settings import SuiteError
+from laguna_serve.serving.kit.files import number_lines
 
 # Of the samples of each question the share that was right, by a name that no other question of the suite has.
 Outcomes = Mapping[str, float]
@@ -26,9 +27,7 @@ def read_logged(path: Path, tasks: Sequence[str], metric: str, name: str, sign: 
         log = path.with_name(f"samples_{task}_{path.stem.removeprefix('results_')}.jsonl")
         if not log.is_file():
             return {}
-        for line in log.read_text(encoding="utf-8").split("\n"):  # not splitlines(): U+2028 may stand inside a string
-            if not line.strip():
-                continue
+        for _, line in number_lines(log):
             try:
                 logged = json.loads(line)  # NaN may be in it
                 if logged["filter"] != name:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import is_whole, load_array
+from laguna_serve.serving.kit.files import is_whole, load_array, number_lines
 
 
 class RowsError(CommandError, ValueError):
@@ -49,21 +49,19 @@ def read_documents(path: Path) -> list[str]:
         RowsError: the file is missing, empty or of another kind.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # read_text would turn \r\n into \n
+        # As bytes: read_text would turn \r\n into \n.
+        documents = list(_read_lines(path)) if path.suffix == ".jsonl" else [path.read_bytes().decode("utf-8-sig")]
     except OSError as error:
         raise RowsError(f"{path}: expected a text file, got {error.strerror}; check --text") from error
     except UnicodeDecodeError as error:
         raise RowsError(f"{path}: expected UTF-8 text, got {error}; re-encode the file") from error
-    documents = list(_read_lines(path, text)) if path.suffix == ".jsonl" else [text]
     if not any(documents):
         raise RowsError(f"{path}: expected text, got an empty file; check --text")
     return documents
 
 
-def _read_lines(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): U+2028 may stand inside a string
-        if not line.strip():
-            continue
+def _read_lines(path: Path) -> Iterator[str]:
+    for number, line in number_lines(path):
         try:
             item = json.loads(line)
             found = item["text"] if "text" in item else item["prompt"]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from laguna_serve.scripts.training.dante.records import CacheError, Prompt
+from laguna_serve.serving.kit.files import number_lines
 
 LENGTH = 13
 WORDS = re.compile(r"\w+")
@@ -31,7 +32,7 @@ def read_grams(paths: Sequence[Path]) -> set[int]:
     found: set[int] = set()
     for path in paths:
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+            rows = [json.loads(line) for _, line in number_lines(path)]
         except (OSError, ValueError) as error:
             expected = "expected an evaluation's problems as JSON Lines"
             raise CacheError(f"--evaluations {path}: {expected}, got one that cannot be read ({error})") from None

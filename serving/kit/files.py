@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tokenize import TokenError
@@ -90,6 +90,18 @@ def load_array(file: Path | IO[bytes], *, mapped: bool = False) -> npt.NDArray[A
     if not isinstance(array, np.ndarray):
         raise ValueError("an archive of arrays")
     return array
+
+
+def number_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Read the lines of a UTF-8 text that are not blank, with their numbers; a mark of the encoding is passed over.
+
+    U+2028 and its like, which a JSON string may have in it, end no line, as they do for `str.splitlines`.
+
+    Raises:
+        OSError, UnicodeDecodeError: when what cannot be read is come to.
+    """
+    with path.open(encoding="utf-8-sig") as file:
+        yield from ((number, line.rstrip("\n")) for number, line in enumerate(file, 1) if line.strip())
 
 
 def hash_file(path: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import is_whole
+from laguna_serve.serving.kit.files import is_whole, number_lines
 from laguna_serve.serving.kit.results import JsonObject
 
 SHARDS = "shard-*.jsonl"
@@ -87,10 +87,10 @@ def read_prompts(path: Path) -> list[Prompt]:
         CacheError: the file cannot be read, holds none, or a line is no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = list(number_lines(path))
     except (OSError, UnicodeError) as error:
         raise CacheError(f"{path}: expected JSON Lines of prompts, got one that cannot be read ({error})") from None
-    prompts = [_read_prompt(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    prompts = [_read_prompt(f"{path}:{number}", line) for number, line in lines]
     if not prompts:
         raise CacheError(f"{path}: expected prompts, got an empty file; scripts/toy_text.py --prompts N writes some")
     return prompts

@@ -24,7 +24,7 @@ from laguna_serve.scripts.text import corpus
 from laguna_serve.scripts.text.rows import TOY, stream_documents, stream_lines
 from laguna_serve.scripts.training.dense.tokens import Encoded, Tokens, open_tokens, write_tokens
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import is_whole
+from laguna_serve.serving.kit.files import is_whole, number_lines
 
 SYSTEM_SHARE = 0.2  # of the toy's conversations
 
@@ -185,14 +185,11 @@ def _stream_toy(held_out: bool) -> Iterator[list[dict[str, str]]]:
 def _stream_jsonl(source: str) -> Iterator[list[dict[str, str]]]:
     number, line = 0, ""
     try:
-        with Path(source).open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
-                if not line.strip():
-                    continue
-                messages = json.loads(line)["messages"]
-                if not all(isinstance(m["content"], str) and is_whole(m["content"]) for m in messages):
-                    raise TypeError("content")  # null beside tool calls, parts of an image: not what would be said
-                yield [{"role": str(m["role"]), "content": m["content"]} for m in messages]
+        for number, line in number_lines(Path(source)):  # noqa: B007
+            messages = json.loads(line)["messages"]
+            if not all(isinstance(m["content"], str) and is_whole(m["content"]) for m in messages):
+                raise TypeError("content")  # null beside tool calls, parts of an image: not what would be said
+            yield [{"role": str(m["role"]), "content": m["content"]} for m in messages]
     except (OSError, UnicodeError) as error:
         expected = f"a JSON Lines file, or one of {', '.join(TOY)}"
         raise TextError(f"{source}: expected {expected}, got one that cannot be read ({error}); check it") from None

@@ -18,7 +18,7 @@ from laguna_serve.scripts.training.rl.steps import GrpoRun, HeldOut, Step
 from laguna_serve.serving.checkpoint import CheckpointError, read_target, require_folder
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
-from laguna_serve.serving.kit.files import is_whole
+from laguna_serve.serving.kit.files import is_whole, number_lines
 from laguna_serve.serving.kit.results import ResultError, read_result
 from laguna_serve.serving.kit.run_dir import check_out, hold_folder
 from laguna_serve.serving.speculation.flags import ADAPTIVE
@@ -64,10 +64,7 @@ def read_prompts(path: Path) -> Prompts:
         CheckpointError: no such file, or too few prompts.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # not splitlines(): U+2028 may stand inside a JSON string
-        items = [json.loads(line) for line in lines if line.strip()]
+        items = [json.loads(line) for _, line in number_lines(path)]
         sides: tuple[list[str], list[str]] = ([], [])
         for item in items:
             if not isinstance(item["prompt"], str) or not is_whole(item["prompt"]):

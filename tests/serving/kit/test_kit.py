@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.cli import (
     run_command,
 )
 from laguna_serve.serving.kit.errors import CommandError, first_line
-from laguna_serve.serving.kit.files import WriteError, write_file, write_json, write_text
+from laguna_serve.serving.kit.files import WriteError, number_lines, write_file, write_json, write_text
 from laguna_serve.serving.kit.signals import check_signals, defer_signals
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.rates import Rates, describe_rates
@@ -337,3 +337,12 @@ def test_service_manager_that_waits_is_told(tmp_path: Path, monkeypatch: pytest.
     tell_ready()
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
     tell_ready()
+
+
+def test_lines_end_where_a_text_says_so_and_keep_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes('\ufeff{"a": "x\u2028y\x85"}\r\n  \n\n{"b": 1}'.encode())
+    assert list(number_lines(path)) == [(1, '{"a": "x\u2028y\x85"}'), (4, '{"b": 1}')]
+    path.write_bytes(b"fine\n\xff\n")
+    with pytest.raises(UnicodeDecodeError):
+        list(number_lines(path))

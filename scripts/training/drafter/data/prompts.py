@@ -13,7 +13,7 @@ from typing import Any
 
 from laguna_serve.scripts.training.drafter.data.records import Prompt
 from laguna_serve.serving.kit.errors import CommandError, first_line
-from laguna_serve.serving.kit.files import is_whole
+from laguna_serve.serving.kit.files import is_whole, number_lines
 from laguna_serve.serving.kit.results import JsonObject
 
 
@@ -28,15 +28,11 @@ def read_prompts(path: Path, tokenizer: Any, vocabulary: int) -> list[Prompt]:
         PromptsError: a line is no prompt, or has a token that the target does not have.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # not splitlines(): U+2028 may stand inside a JSON string
+        lines = list(number_lines(path))
     except (OSError, UnicodeError) as error:
         raise PromptsError(f"{path}: expected JSON Lines of prompts, got one that cannot be read ({error})") from None
     prompts: dict[Prompt, None] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         prompt = _encode(f"{path}:{number}", line, tokenizer)
         if not prompt or not 0 <= min(prompt) <= max(prompt) < vocabulary:
             expected = f"tokens from 0 to {vocabulary - 1}, the target's vocabulary"
