@@ -23,7 +23,7 @@ from laguna_serve.serving.checkpoint import read_config, require_folder
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import hash_file, write_text
-from laguna_serve.serving.kit.flags import MOST_TEXT, Flag, FlagError, read_flags
+from laguna_serve.serving.kit.flags import MOST_TEXT, BoundedConfig, Flag, read_flags
 from laguna_serve.serving.kit.results import to_json, write_indented
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -39,7 +39,7 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveConfig:
+class CurveConfig(BoundedConfig):
     """Whose experts to prune by which masks, and what to measure the loss on."""
 
     teacher: Annotated[
@@ -51,12 +51,8 @@ class CurveConfig:
     ] = "toy:held-out"
     tokens: Annotated[int, Flag("about how many tokens (default 65536)", at_most=MOST_TEXT)] = 65_536
     length: Annotated[int, Flag("tokens in a row at most (default 384)")] = 384
-    seeds: Annotated[int, Flag("random masks per size, at least 2 (default 5)")] = 5
+    seeds: Annotated[int, Flag("random masks per size, at least 2 (default 5)", at_least=2)] = 5
     out: Annotated[Path, Flag("folder for curve.json, curve.md and curve.png")]
-
-    def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise FlagError(f"--seeds: expected at least 2, for a spread, got {self.seeds}; 5 are usual")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from laguna_serve.evals.codegen.pass_at_k import Estimate
-from laguna_serve.evals.codegen.result import CodeTasksResult, ProblemRow
+from laguna_serve.evals.codegen.result import CodeTasksResult
 from laguna_serve.serving.kit.environment import cite_environment
+from laguna_serve.serving.kit.tables import Table
 
 DETAIL_CHARS = 60
 
 
 def render_text(result: CodeTasksResult) -> str:
     """Render a row per problem, then the figures."""
-    rows = result.problems
-    width = max(len("problem"), *(len(row.task_id) for row in rows))
-    lines = [f"{'problem':<{width}}  passed  reward  first failure"]
-    for row in rows:
-        passed = f"{row.passed}/{row.samples}"
-        lines.append(
-            f"{row.task_id:<{width}}  {passed:>6}  {_show_reward(row):>6}  {row.detail[:DETAIL_CHARS]}".rstrip()
-        )
-    return "\n".join([*lines, "", *list_figures(result)])
+    return "\n".join([_tabulate(result, DETAIL_CHARS).to_text(), "", *list_figures(result)])
 
 
 def list_figures(result: CodeTasksResult) -> list[str]:
@@ -60,17 +53,23 @@ def render_markdown(result: CodeTasksResult) -> str:
         "",
         *(f"- {line}" for line in list_figures(result)),
         "",
-        "| problem | passed | reward | first failure |",
-        "|--|--|--|--|",
+        _tabulate(result).to_markdown(),
     ]
-    for row in result.problems:
-        detail = " ".join(row.detail.replace("|", "\\|").split())
-        lines.append(f"| {row.task_id} | {row.passed}/{row.samples} | {_show_reward(row)} | {detail} |")
     return "\n".join([*lines, "", cite_environment(result.environment)]) + "\n"
 
 
-def _show_reward(row: ProblemRow) -> str:
-    return "–" if row.reward is None else f"{row.reward:.2f}"
+def _tabulate(result: CodeTasksResult, most: int | None = None) -> Table:
+    """Tabulate the problems, with at most so many characters of what went wrong."""
+    rows = [
+        (
+            row.task_id,
+            f"{row.passed}/{row.samples}",
+            "–" if row.reward is None else f"{row.reward:.2f}",
+            " ".join(row.detail.split())[:most],
+        )
+        for row in result.problems
+    ]
+    return Table("lrrl", ("problem", "passed", "reward", "first failure"), rows)
 
 
 def _show_template(template: Mapping[str, object]) -> str:

@@ -18,6 +18,7 @@ from laguna_serve.evals.equivalence.verdict import (
     UNCLEAR,
 )
 from laguna_serve.serving.kit.environment import cite_environment
+from laguna_serve.serving.kit.tables import Table
 
 WIDTH = 110
 # Divergences, and requests that failed, printed in text; Markdown and JSON have every one.
@@ -61,9 +62,7 @@ def render_text(result: InvarianceResult) -> str:
     lines = ["", *textwrap.wrap(summarise(result), WIDTH)]
     if result.levels:
         lines += ["", "problems with answers that differ: within the baseline, within the candidate, between them"]
-        rows = (HEADER, *list_rows(result.levels))
-        lines += [f"{row[0]:<16}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
-        lines.append("")
+        lines += [tabulate(result.levels).to_text(), ""]
     for note in list_notes(result):
         lines += textwrap.wrap(note, WIDTH, initial_indent="- ", subsequent_indent="  ")
     parted = [describe_divergence(item) for item in result.divergences or ()]
@@ -79,7 +78,7 @@ def render_markdown(result: InvarianceResult) -> str:
     """Render the same as a page, with the programs that differ."""
     lines = ["# Invariance", "", f"**{summarise(result)}**", ""]
     if result.levels:
-        lines += _render_table(result.levels)
+        lines.append(tabulate(result.levels).to_markdown())
         lines += [
             "",
             "Problems with answers that differ: of the baseline from its own, of the candidate from its own, of one "
@@ -90,7 +89,7 @@ def render_markdown(result: InvarianceResult) -> str:
     lines += [f"- {note}" for note in list_notes(result)]
     if confirmation := result.confirmation:
         lines += ["", f"## Confirmation: {confirmation.repeats} more answers to what was suspicious", ""]
-        lines += _render_table(confirmation.levels)
+        lines.append(tabulate(confirmation.levels).to_markdown())
     if result.divergences:
         lines += ["", "## Where answers part", ""]
         for item in result.divergences:
@@ -101,8 +100,8 @@ def render_markdown(result: InvarianceResult) -> str:
     return "\n".join([*lines, "", cite_environment(result.environment)]) + "\n"
 
 
-def list_rows(levels: Mapping[str, LevelCounts]) -> list[tuple[str, ...]]:
-    """One row per level, under HEADER."""
+def tabulate(levels: Mapping[str, LevelCounts]) -> Table:
+    """Tabulate the counts, a row per level."""
     rows = []
     for level, name in ROWS.items():
         found = levels[level]
@@ -110,7 +109,7 @@ def list_rows(levels: Mapping[str, LevelCounts]) -> list[tuple[str, ...]]:
         numbers = [f"{count} of {found.problems}" for count in counts]
         bound = "–" if found.bound95 is None else f"{found.bound95:.2%}"
         rows.append((name, *numbers, bound, f"{found.apart_p:.3g}", f"{found.scatter_p:.3g}"))
-    return rows
+    return Table("l" + "r" * (len(HEADER) - 1), HEADER, rows)
 
 
 def list_notes(result: InvarianceResult) -> list[str]:
@@ -168,11 +167,6 @@ def _show_choice(token: int | None, shown: str, top2: Sequence[tuple[int, float]
         text += f" ({', '.join(f'{token} at {value:.4f}' for token, value in top2)}"
         text += ")" if margin is None else f"; margin {margin:.3g})"
     return text
-
-
-def _render_table(levels: Mapping[str, LevelCounts]) -> list[str]:
-    rows: Sequence[Sequence[str]] = (HEADER, ("--",) * len(HEADER), *list_rows(levels))
-    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _render_programs(item: Divergence) -> list[str]:

@@ -13,6 +13,7 @@ from laguna_serve.evals.harnesses.pairing import Pair, pair, render_pairs
 from laguna_serve.evals.harnesses.results import Cell, Score, Setting
 from laguna_serve.evals.harnesses.settings import Suite
 from laguna_serve.serving.kit.environment import Environment
+from laguna_serve.serving.kit.tables import Table
 
 
 class Row(Struct, frozen=True, kw_only=True):
@@ -75,21 +76,19 @@ def _find_differences(cells: Sequence[Cell]) -> list[str]:
 
 def render_text(table: SuitesResult) -> str:
     """In columns, with the settings below."""
-    lines = [f"{'suite':<24} {'metric':<30} " + " ".join(f"{column:>32}" for column in table.columns)]
-    for row in table.rows:
-        shown = " ".join(f"{_show(row.cells.get(column)):>32}" for column in table.columns)
-        lines.append(f"{row.suite:<24} {row.metric + _mark(row):<30} {shown}")
-    return "\n".join([*lines, "", *_list_pairs(table), *_list_notes(table)])
+    return "\n".join([_tabulate(table).to_text(), "", *_list_pairs(table), *_list_notes(table)])
 
 
 def render_markdown(table: SuitesResult) -> str:
     """Render the table as a page, its notes below."""
-    lines = ["# Standard suites", "", "| suite | metric | " + " | ".join(table.columns) + " |"]
-    lines.append("|--|--|" + "--:|" * len(table.columns))
-    for row in table.rows:
-        shown = " | ".join(_show(row.cells.get(column)) for column in table.columns)
-        lines.append(f"| {row.suite} | {row.metric}{_mark(row)} | {shown} |")
-    lines += ["", "Share, its 95% interval, and the number of questions.", ""]
+    lines = [
+        "# Standard suites",
+        "",
+        _tabulate(table).to_markdown(),
+        "",
+        "Share, its 95% interval, and the number of questions.",
+        "",
+    ]
     if table.pairs:
         lines += [
             "Question by question, against the first column whose questions are known (McNemar's exact test):",
@@ -99,6 +98,14 @@ def render_markdown(table: SuitesResult) -> str:
         ]
     footer = f"`{table.environment.command}` on {table.environment.date}."
     return "\n".join([*lines, *(f"- {note}" for note in _list_notes(table)), "", footer]) + "\n"
+
+
+def _tabulate(table: SuitesResult) -> Table:
+    rows = [
+        [row.suite, row.metric + _mark(row), *(_show(row.cells.get(column)) for column in table.columns)]
+        for row in table.rows
+    ]
+    return Table("ll" + "r" * len(table.columns), ("suite", "metric", *table.columns), rows)
 
 
 def _list_pairs(table: SuitesResult) -> list[str]:

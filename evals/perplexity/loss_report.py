@@ -6,6 +6,7 @@ import msgspec
 
 from laguna_serve.evals.perplexity.mean import Mean
 from laguna_serve.serving.kit.environment import Environment, cite_environment
+from laguna_serve.serving.kit.tables import Table
 
 
 class Bounded(msgspec.Struct, frozen=True):
@@ -50,29 +51,27 @@ class LossResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", 
 
 def render_text(result: LossResult) -> str:
     """Render the figures in columns, and the data below."""
-    lines = [f"{name:<16} {value:>10} {interval:>20}" for name, value, interval in _list_figures(result)]
-    return "\n".join([f"{'':<16} {'':>10} {'95% interval':>20}", *lines, "", _describe_data(result)])
+    return f"{_tabulate(result).to_text()}\n\n{_describe_data(result)}"
 
 
 def render_markdown(result: LossResult) -> str:
     """Render the same as a page."""
-    lines = [f"# Loss of {result.endpoint.model} on {result.data.source}", ""]
-    lines += ["| | | 95% interval |", "|--|--|--|"]
-    lines += [f"| {name} | {value} | {interval} |" for name, value, interval in _list_figures(result)]
+    lines = [f"# Loss of {result.endpoint.model} on {result.data.source}", "", _tabulate(result).to_markdown()]
     return "\n".join([*lines, "", _describe_data(result), "", cite_environment(result.environment)]) + "\n"
 
 
-def _list_figures(result: LossResult) -> list[tuple[str, str, str]]:
+def _tabulate(result: LossResult) -> Table:
     bits = result.bits_per_byte
     figures = [
         ("loss, nats/token", result.loss.nats_per_token, result.loss.ci95),
         ("perplexity", result.perplexity.value, result.perplexity.ci95),
         *([] if bits is None else [("bits per byte", bits.value, bits.ci95)]),
     ]
-    return [
+    rows = [
         (name, f"{value:.4f}", "–" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}")
         for name, value, interval in figures
     ]
+    return Table("lrr", ("", "", "95% interval"), rows)
 
 
 def _describe_data(result: LossResult) -> str:

@@ -48,21 +48,18 @@ class PruningResult(
 
 def render_text(result: PruningResult) -> str:
     """Render the points in columns, and the data below."""
-    heads = ("groups pruned", "ranked", "Δ", "95% interval of Δ", "random", "Δ", "least to most")
-    table = Table("r" * len(heads), heads, _list_cells(result))
-    return f"{table.to_text()}\n\n{_describe_data(result)}"
+    return f"{_tabulate(result).to_text()}\n\n{_describe_data(result)}"
 
 
 def render_markdown(result: PruningResult) -> str:
     """Render the same as a page."""
     lines = ["# What pruning adds to the loss, through vLLM", "", f"{result.model}, nats per token.", ""]
-    lines += ["| groups pruned | ranked | Δ | 95% interval of Δ | random, mean | Δ | random, least to most |"]
-    lines += ["|--|--|--|--|--|--|--|", *(f"| {' | '.join(cells)} |" for cells in _list_cells(result)), ""]
-    lines += ["![curve](pruning_loss.png)", "", _describe_data(result), ""]
+    lines += [_tabulate(result).to_markdown(), "", "![curve](pruning_loss.png)", "", _describe_data(result), ""]
     return "\n".join([*lines, cite_environment(result.environment)]) + "\n"
 
 
-def _list_cells(result: PruningResult) -> list[tuple[str, ...]]:
+def _tabulate(result: PruningResult) -> Table:
+    heads = ("groups pruned", "ranked", "Δ", "95% interval of Δ", "random, mean", "Δ", "random, least to most")
     base = f"{result.unpruned.nats_per_token:.4f}"
     cells: list[tuple[str, ...]] = [("0%", base, "", "", base, "", "")]
     for point in result.points:
@@ -71,7 +68,7 @@ def _list_cells(result: PruningResult) -> list[tuple[str, ...]]:
         ranked = (f"{point.ranked:.4f}", f"{delta.nats_per_token:+.4f}", interval)
         drawn = (f"{statistics.mean(random):.4f}", f"{point.random_delta:+.4f}")
         cells.append((f"{point.share:.0%}", *ranked, *drawn, f"{min(random):.4f} to {max(random):.4f}"))
-    return cells
+    return Table("r" * len(heads), heads, cells)
 
 
 def _describe_data(result: PruningResult) -> str:

@@ -6,6 +6,7 @@ from msgspec import structs
 
 from laguna_serve.scripts.grpo_arms.result import BAR, ArmsResult, ArmSummary
 from laguna_serve.serving.kit.environment import cite_environment
+from laguna_serve.serving.kit.tables import Table
 
 HEAD = (
     "arm",
@@ -23,8 +24,7 @@ HEAD = (
 
 def render_markdown(result: ArmsResult) -> str:
     """Render the table, the gains, and where it was measured."""
-    rows = [HEAD, tuple("--" for _ in HEAD), *map(_list_cells, result.summaries)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = Table("lr" + "l" * (len(HEAD) - 2), HEAD, list(map(_list_cells, result.summaries))).to_markdown()
     gains = ", ".join(f"{gain:.2f} (seed {seed})" for seed, gain in result.gains.items()) or "not measured"
     said = f"(τ − 1) of the refreshed drafter ÷ that of the frozen one at the last versions: {gains}; the bar is {BAR}."
     loads = [run.environment.other_load for run in result.runs if run.environment.other_load is not None]

@@ -40,7 +40,7 @@ class Table:
     def to_markdown(self) -> str:
         """With a head that says how columns are aligned."""
         marks = ["---:" if letter == "r" else "---" for letter in self.align]
-        cells = [self.heads, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in (self.heads, *self.rows)]
         head, *body = (f"| {' | '.join(row)} |" for row in cells)
         return "\n".join([head, f"|{'|'.join(marks)}|", *body])
 

@@ -7,6 +7,7 @@ import statistics
 import msgspec
 
 from laguna_serve.serving.kit.environment import Environment, cite_environment
+from laguna_serve.serving.kit.tables import Table
 
 
 class CurveModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,28 +47,32 @@ class CurveResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema",
     points: tuple[CurvePoint, ...]
 
 
+HEADS = (
+    *("groups pruned", "ranked, nats", "Δ", "random, mean ± s.d.", "Δ", "random, least to most"),
+    "ranked Δ ÷ random Δ",
+)
+
+
 def format_table(result: CurveResult) -> str:
     """Format a Markdown page: a row per share of pruned groups, and how it was measured."""
     base, text = result.unpruned, result.text
     lines = [
         "# Held-out loss of the pruned toy teacher" if text.source == "toy:held-out" else "# Held-out loss, pruned",
         "",
-        "| groups pruned | ranked, nats | Δ | random, mean ± s.d. | Δ | random, least to most | ranked Δ ÷ random Δ |",
-        "|---|---|---|---|---|---|---|",
-        f"| 0% | {base:.4f} | | {base:.4f} | | | |",
     ]
+    rows = [("0%", f"{base:.4f}", "", f"{base:.4f}", "", "", "")]
     for point in result.points:
         mean, spread = statistics.mean(point.random), statistics.stdev(point.random)
         ranked_delta, random_delta = point.ranked - base, mean - base
         share = f"{point.pruned_groups} of {point.groups} ({point.ratio:.0%})"
-        lines.append(
-            f"| {share} | {point.ranked:.4f} | {ranked_delta:+.4f} | {mean:.4f} ± {spread:.4f} "
-            f"| {random_delta:+.4f} | {min(point.random):.4f} to {max(point.random):.4f} "
-            f"| {ranked_delta / random_delta:.2f} |"
-        )
+        drawn = (f"{mean:.4f} ± {spread:.4f}", f"{random_delta:+.4f}")
+        ends = f"{min(point.random):.4f} to {max(point.random):.4f}"
+        ratio = f"{ranked_delta / random_delta:.2f}"
+        rows.append((share, f"{point.ranked:.4f}", f"{ranked_delta:+.4f}", *drawn, ends, ratio))
     unseen = ", which neither training nor calibration saw" if text.source == "toy:held-out" else ""
     seeds = len(result.points[0].random)
     lines += [
+        Table("lrrrrrr", HEADS, rows).to_markdown(),
         "",
         f"Mean next-token loss over {text.targets:,} tokens of {text.source} ({text.documents} documents,"
         f" {text.rows} evenly spaced rows){unseen}. Random masks: {seeds} seeds, the same groups, as many pruned, at"

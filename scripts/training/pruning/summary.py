@@ -18,6 +18,7 @@ from laguna_serve.plugins.pruning import ExpertShape
 from laguna_serve.scripts.training.pruning.artefacts import RATIOS
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.kit.tables import Table
 
 VECTORS = 3  # of an atom: gate row, up row, down column
 BF16_BYTES = 2
@@ -134,7 +135,6 @@ def write_summary(out: Path, summary: PruningSummary) -> None:
 def render_stats(summary: PruningSummary) -> str:
     """Render a Markdown page with a row per sparse layer."""
     per_layer = summary.groups // summary.sparse_layers
-    ratios = " | ".join(f"{share.ratio:.0%}: groups pruned" for share in summary.shares)
     lines = [
         f"# Groups pruned per layer, by the score `{summary.score}`",
         "",
@@ -142,19 +142,28 @@ def render_stats(summary: PruningSummary) -> str:
         f" {summary.sparse_layers} sparse layers; a group has {summary.group_parameters:,} parameters. Every expert"
         " keeps one at least.",
         "",
-        f"| layer | least score | first quartile | median | third quartile | largest | {ratios} |",
-        "|" + "--|" * (6 + len(summary.shares)),
+        _tabulate(summary, per_layer).to_markdown(),
+        "",
     ]
-    for index, layer in enumerate(summary.layers):
-        counts = [share.pruned_groups_per_layer[index] for share in summary.shares]
-        scores = " | ".join(f"{value:.3g}" for value in layer.quantiles)
-        pruned = " | ".join(f"{count:,} ({count / per_layer:.1%})" for count in counts)
-        lines.append(f"| {layer.layer} | {scores} | {pruned} |")
-    totals = " | ".join(f"{share.pruned_groups:,}" for share in summary.shares)
-    lines += [f"| all | | | | | | {totals} |", ""]
     lines += [
         f"- {share.ratio:.0%}: {share.removable_parameters:,} of {summary.routed_parameters:,} routed parameters,"
         f" {share.removable_bytes_bf16 / 2**30:.3f} GiB in bf16"
         for share in summary.shares
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tabulate(summary: PruningSummary, per_layer: int) -> Table:
+    heads = ("layer", "least score", "first quartile", "median", "third quartile", "largest")
+    rows = [
+        [
+            *(str(layer.layer), *(f"{value:.3g}" for value in layer.quantiles)),
+            *(f"{count:,} ({count / per_layer:.1%})" for count in counts),
+        ]
+        for layer, *counts in zip(
+            summary.layers, *(share.pruned_groups_per_layer for share in summary.shares), strict=True
+        )
+    ]
+    totals = ["all", "", "", "", "", "", *(f"{share.pruned_groups:,}" for share in summary.shares)]
+    every = (*heads, *(f"{share.ratio:.0%}: groups pruned" for share in summary.shares))
+    return Table("r" * len(every), every, [*rows, totals])
