@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from laguna_serve.serving.client.completions import find_root, list_models, open_session
+import aiohttp
+
+from laguna_serve.serving.client.completions import Client, find_model_name, find_root, list_models, open_session
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.engine.figures import EngineFigures, read_figures
 from laguna_serve.serving.machine.device import find_device, find_vllm
@@ -58,6 +61,17 @@ class Arm:
     def command(self) -> list[str] | None:
         """The engine's command line, to be repeated elsewhere; None for an endpoint that was not started here."""
         return ["python", *self.engine.command[1:]] if self.engine is not None else None
+
+    async def connect(
+        self,
+        session: aiohttp.ClientSession,
+        max_tokens: int,
+        sampling: RequestFields | None = None,
+        make: type[Client] = Client,
+    ) -> Client:
+        """Make a client of the arm, under the model name that is served there."""
+        model_name = self.model_name or await find_model_name(session, self.base_url)
+        return make(session, self.base_url, model_name, max_tokens, sampling)
 
     def check(self) -> None:
         """Raise EngineError, with the cause from its log, if an engine started here has died."""

@@ -34,7 +34,7 @@ from laguna_serve.bench.certificate.verdict import (
     judge_streams,
 )
 from laguna_serve.bench.harness.prompts import count_own_lengths
-from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.counters import scrape_counters, summarise_acceptance
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.logprobs import Probe
@@ -186,8 +186,7 @@ def _run_arm(job: Job, name: str, spec: ArmSpec, progress: Progress) -> PassedAr
 
 async def _make_passes(job: Job, arm: Arm, progress: Progress) -> PassedArm:
     async with open_session() as session:
-        model_name = arm.model_name or await find_model_name(session, arm.base_url)
-        client = Client(session, arm.base_url, model_name, job.max_tokens, job.sampling)
+        client = await arm.connect(session, job.max_tokens, job.sampling)
         before = await scrape_counters(session, arm.base_url)
         for concurrency in job.concurrencies:
             for kind in (arm.name, AGAIN) if arm.name == BASELINE else (arm.name,):
@@ -271,8 +270,7 @@ async def _ask(
     arm: Arm, prefixes: list[tuple[int, ...]], progress: Progress
 ) -> dict[tuple[int, ...], dict[int, float]]:
     async with open_session() as session:
-        model_name = arm.model_name or await find_model_name(session, arm.base_url)
-        client = Client(session, arm.base_url, model_name, 1)
+        client = await arm.connect(session, 1)
         return await ask(client, prefixes, lambda done: progress.step(arm.name, done, len(prefixes)))
 
 

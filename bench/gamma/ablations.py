@@ -13,7 +13,7 @@ from laguna_serve.bench.gamma.points import choose_sweep_order, join_point, meas
 from laguna_serve.bench.gamma.result import AblationResult, MeasuredPoint, PlainTarget
 from laguna_serve.bench.harness.in_turn import measure_in_turn
 from laguna_serve.bench.harness.run import MeasurementStoppedError
-from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineError
@@ -132,8 +132,7 @@ def _compare(ablation: Ablation, point: MeasuredPoint, asked: Asked, plain: Plai
 
 async def _ask(arm: Arm, prompts: Sequence[Prompt], max_tokens: int) -> Asked:
     async with open_session() as session:
-        model_name = arm.model_name or await find_model_name(session, arm.base_url)
-        client = Client(session, arm.base_url, model_name, max_tokens)
+        client = await arm.connect(session, max_tokens)
         answers, losses = [], []
         for prompt in prompts:
             answers.append(list((await client.probe(prompt)).token_ids))

@@ -13,7 +13,7 @@ from laguna_serve.bench.harness.in_turn import Passes, run_pass
 from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, counter_delta
 from laguna_serve.bench.harness.schedule import Plan
 from laguna_serve.bench.stats.intervals import chunk_gaps_ms
-from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.kit.progress import Progress
 
 
@@ -78,8 +78,8 @@ async def measure_rows(arm: Arm, plan: Plan, rows: int) -> float | None:
     if rows > len(prompts):
         return None
     async with open_session() as session:
-        model_name = arm.model_name or await find_model_name(session, arm.base_url)
-        records = await Client(session, arm.base_url, model_name, plan.max_tokens).run_round(prompts[:rows])
+        client = await arm.connect(session, plan.max_tokens)
+        records = await client.run_round(prompts[:rows])
     # From when the last prompt has been read to when the first answer ends, all rows are in every step.
     begin = max(record.chunk_ns[0] for record in records)
     end = min(record.chunk_ns[-1] for record in records)

@@ -9,7 +9,7 @@ import aiohttp
 from laguna_serve.bench.arms.arms import Arm
 from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, counter_delta, wall_s
 from laguna_serve.bench.harness.schedule import Plan, Round
-from laguna_serve.serving.client.completions import NONE, Client, find_model_name
+from laguna_serve.serving.client.completions import NONE, Client
 from laguna_serve.serving.client.counters import SETTLE_S, scrape_counters, settle_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt, Record
@@ -105,12 +105,9 @@ class Driver:
 
 async def connect(session: aiohttp.ClientSession, arm: Arm, plan: Plan, run: ArmRun) -> Driver:
     """Make the driver of an arm, under the model name that is served there."""
-    model_name = arm.model_name or await find_model_name(session, arm.base_url)
     run.command = arm.command
     run.sampled = plan.temperature > 0
     ending: RequestFields = {"ignore_eos": not plan.stop_at_eos}
     if run.sampled:
         ending |= {**PLAIN_SAMPLING, "temperature": plan.temperature}
-    return Driver(
-        session, arm, Client(session, arm.base_url, model_name, plan.max_tokens, ending), run, plan.concurrency
-    )
+    return Driver(session, arm, await arm.connect(session, plan.max_tokens, ending), run, plan.concurrency)

@@ -12,7 +12,7 @@ from laguna_serve.bench.arms.arms import BASELINE, Arm, open_arm
 from laguna_serve.bench.harness.validity import check_drafts
 from laguna_serve.bench.sampled.options import Gamma, SamplingConfig
 from laguna_serve.bench.stats.two_sample import Completion
-from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.counters import scrape_counters, settle_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
@@ -61,8 +61,7 @@ async def _draw_arm(
     progress.begin()
     drawn = []
     async with open_session() as session:
-        model_name = arm.model_name or await find_model_name(session, arm.base_url)
-        client = Client(session, arm.base_url, model_name, config.tokens, {"temperature": config.temperature})
+        client = await arm.connect(session, config.tokens, {"temperature": config.temperature})
         before = await scrape_counters(session, arm.base_url)
         for done, prompt in enumerate(prompts, start=1):
             completions: list[list[int]] = []

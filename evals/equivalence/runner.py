@@ -38,7 +38,7 @@ from laguna_serve.evals.equivalence.verdict import CONFIRM
 from laguna_serve.evals.extraction.worker import read_safely
 from laguna_serve.evals.problems import Problem
 from laguna_serve.serving.client.closed_loop import run_closed_loop
-from laguna_serve.serving.client.completions import Client, find_model_name, open_session
+from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.kit.progress import Progress
 
@@ -182,9 +182,8 @@ async def _send(
 
 
 async def _connect(session: aiohttp.ClientSession, job: Job, arm: Arm) -> Client:
-    model_name = arm.model_name or await find_model_name(session, arm.base_url)
     make = ChatClient if job.form == "chat" else Client
-    return make(session, arm.base_url, model_name, job.max_tokens, {"ignore_eos": False})
+    return await arm.connect(session, job.max_tokens, {"ignore_eos": False}, make)
 
 
 def compare(
