@@ -60,7 +60,7 @@ def merge(scores_of: Mapping[Path, Sequence[Score]], suites: Sequence[Suite], en
     rows = []
     for (suite, metric), row in placed.items():
         cells = {column: score.cell for column, score in row.items()}
-        rows.append(Row(suite=suite, metric=metric, cells=cells, differ=_find_differences(list(cells.values()))))
+        rows.append(Row(suite=suite, metric=metric, cells=cells, differ=find_differences(list(cells.values()))))
     return SuitesResult(environment=environment, columns=list(columns), rows=rows, pairs=pair(placed))
 
 
@@ -68,7 +68,8 @@ def _list_scores(suites: Sequence[Suite]) -> list[tuple[Suite, str]]:
     return [(suite, key) for suite in suites for key in suite.scores]
 
 
-def _find_differences(cells: Sequence[Cell]) -> list[str]:
+def find_differences(cells: Sequence[Cell]) -> list[str]:
+    """Name the settings, `n` among them, that are not the same in all of the cells."""
     settings: list[dict[str, Setting]] = [{**cell.settings, "n": cell.n} for cell in cells]
     names = dict.fromkeys(name for one in settings for name in one)
     return [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]

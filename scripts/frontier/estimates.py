@@ -88,10 +88,9 @@ def compare(stored: str, ratio: float, nats: Mapping[str, Floats], targets: npt.
 
 def rank(values: npt.NDArray[np.float32]) -> Floats:
     """Ranks of values, equal ones sharing the mean of theirs."""
-    _, inverse, counts = np.unique(values.ravel(), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks: Floats = (ends - (counts - 1) / 2)[inverse]
-    return ranks
+    from scipy.stats import rankdata  # a tenth of a second to import, or more
+
+    return np.asarray(rankdata(values.ravel()), dtype=np.float64)
 
 
 Draw = Mapping[str, npt.NDArray[np.float32]]

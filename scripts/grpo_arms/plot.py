@@ -8,12 +8,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from laguna_serve.scripts.grpo_arms.report import NAMES
 from laguna_serve.scripts.grpo_arms.result import Arm, ArmRun, ArmsResult, find_clock
 from laguna_serve.scripts.training.rl.steps import Step
 from laguna_serve.serving.kit.figures import BAD, GOOD, INK, SOFT, note_source, open_figure, style_axes
 
 COLORS: dict[Arm, str] = {"frozen": BAD, "refreshed": GOOD, "none": INK}
-NAMES: dict[Arm, str] = {"frozen": "frozen drafter", "refreshed": "refreshed drafter", "none": "no drafter"}
 Points = list[tuple[int, float]]  # (step, value)
 
 

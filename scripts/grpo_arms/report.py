@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from msgspec import structs
 
-from laguna_serve.scripts.grpo_arms.result import BAR, ArmsResult, ArmSummary
+from laguna_serve.scripts.grpo_arms.result import BAR, Arm, ArmsResult, ArmSummary
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
 
+NAMES: dict[Arm, str] = {"frozen": "frozen drafter", "refreshed": "refreshed drafter", "none": "no drafter"}
 HEAD = (
     "arm",
     "seed",
@@ -43,7 +44,7 @@ def _list_cells(summary: ArmSummary) -> tuple[str, ...]:
         goal = f"{summary.seconds_to_goal:.0f} ({summary.core_s_to_goal:.0f})"
     drafters = f"{summary.pushed}, {summary.refused}, {summary.rolled_back}" if summary.arm == "refreshed" else "–"
     return (
-        {"frozen": "frozen drafter", "refreshed": "refreshed drafter", "none": "no drafter"}[summary.arm],
+        NAMES[summary.arm],
         str(summary.seed),
         reward,
         _show(summary.tau_first, summary.tau_last),

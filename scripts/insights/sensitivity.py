@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from laguna_serve.evals.harnesses.results import Cell
-from laguna_serve.evals.harnesses.table import SuitesResult
+from laguna_serve.evals.harnesses.table import SuitesResult, find_differences
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import read_result
 
@@ -76,15 +76,8 @@ def _open(text: str) -> tuple[float, SuitesResult, str]:
 
 
 def _make_curve(suite: str, metric: str, cells: dict[float, Cell]) -> SuiteCurve:
-    first = next(iter(cells.values()))
-    measured = [{**cell.settings, "n": cell.n} for cell in cells.values()]
-    names = dict.fromkeys(name for settings in measured for name in settings)
-    wanted = {**first.settings, "n": first.n}
-    return SuiteCurve(
-        suite=suite,
-        metric=metric,
-        points=tuple(
-            SuitePoint(ratio=ratio, value=cell.value, ci95=cell.ci95, n=cell.n) for ratio, cell in sorted(cells.items())
-        ),
-        differ=tuple(name for name in names if any(one.get(name) != wanted.get(name) for one in measured)),
-    )
+    points = [
+        SuitePoint(ratio=ratio, value=cell.value, ci95=cell.ci95, n=cell.n) for ratio, cell in sorted(cells.items())
+    ]
+    differ = find_differences(list(cells.values()))
+    return SuiteCurve(suite=suite, metric=metric, points=tuple(points), differ=tuple(differ))
