@@ -21,9 +21,10 @@ THREADS = 2
 
 def share_devices() -> None:
     """Have groups of one share a device of gloo's; calling it again changes nothing."""
-    from torch.distributed import ProcessGroupGloo
+    from torch import distributed
 
-    stock = ProcessGroupGloo.__init__
+    gloo: Any = distributed.ProcessGroupGloo  # of whose options its stub says nothing
+    stock = gloo.__init__
     if hasattr(stock, "__wrapped__"):
         return
 
@@ -33,13 +34,13 @@ def share_devices() -> None:
         if size != 1 or not isinstance(timeout, timedelta):  # options of the caller's own
             stock(self, store, rank, size, *given, **named)
             return
-        options = ProcessGroupGloo._Options()
+        options = gloo._Options()
         options._devices = [open_device(os.getpid())]
         options._threads = THREADS
         options._timeout = timeout
         stock(self, store, rank, size, options)
 
-    ProcessGroupGloo.__init__ = init
+    gloo.__init__ = init
 
 
 @functools.cache
