@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from native_checks import compile_linear, compile_sentinel, run_check
 
-from laguna_serve.kernels.linear import isa
+from laguna_serve.kernels import isa
 
 pytestmark = pytest.mark.slow
 COMPILERS = [

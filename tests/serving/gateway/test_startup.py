@@ -25,7 +25,8 @@ from laguna_serve.serving.gateway.config.tables import Limits
 from laguna_serve.serving.gateway.run import make_settings, open_background
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 
-CONFIG = parse_config({"models": [{"name": "m", "upstreams": [{"name": "a", "url": "http://h:1"}]}]}, "test")
+MODEL = {"name": "m", "upstreams": [{"name": "a", "url": "http://h:1"}]}
+CONFIG = parse_config({"server": {"port": 0}, "admin": {"port": 0}, "models": [MODEL]}, "test")
 
 
 def make_uvicorn_settings() -> uvicorn.Config:

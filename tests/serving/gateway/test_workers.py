@@ -412,7 +412,7 @@ def can_connect(front: Front) -> bool:
 def test_what_cannot_start_says_why_once(path: Path, engine: Engine) -> None:
     path.with_name("usage").write_text("no database, and long enough to be none" * 50)
     write(path, engine, f'[access]\nusage_file = "{path.with_name("usage")}"')
-    done = run_gateway(path)
+    done = run_gateway(path, "--port", "0")
     assert done.returncode == 2
     assert done.stderr.count("expected a file of usage that can be written") == 1
     with socket.create_server(("127.0.0.1", 0)) as other:
