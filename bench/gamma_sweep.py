@@ -42,7 +42,7 @@ examples:
   python bench/gamma_sweep.py --model tests/toy/teacher --draft tests/toy/dflash --concurrency 1,4 --mixed \\
       --stack fp8-kv prefix-caching chunked-prefill dense=tests/toy/dense \\
       --prompts tests/toy/prompts.jsonl --out out/sweep
-  python bench/gamma_sweep.py --model tests/toy/teacher --draft tests/toy/dflash --concurrency 1,4,8,16 --adaptive \
+  python bench/gamma_sweep.py --model tests/toy/teacher --draft tests/toy/dflash --concurrency 1,4,8,16 --adaptive \\
       --num-prompts 128 --temperature 1 --prompts tests/toy/prompts.jsonl --out out/sweep-t1
   python bench/gamma_sweep.py --model MODEL --draft DRAFTER --gammas 3,5,7,9,11 --beyond-block --sequential \\
       --prompts FILE --out DIR   # γ that the drafter was never trained for, one engine at a time

@@ -37,7 +37,7 @@ examples:
   python bench/gateway.py --out out/gateway
   python bench/gateway.py --streams 1,16,64,256 --rounds 15 --out out/gateway
   python bench/gateway.py --streams 256 --workers 2,4 --out out/gateway
-  python bench/gateway.py --out out/gateway --start "vllm-router=vllm-router --host 127.0.0.1 --port {port} \
+  python bench/gateway.py --out out/gateway --start "vllm-router=vllm-router --host 127.0.0.1 --port {port} \\
       --worker-urls http://127.0.0.1:{engine}"
 
 exit status: 0 no stream failed, 1 some did, 2 could not run, 130 interrupted

@@ -36,7 +36,7 @@ examples:
   python bench/sampling.py --model served-name --draft D --baseline-url http://127.0.0.1:8000 \\
       --candidate-url 7=http://127.0.0.1:8001 --prompts FILE --out DIR   # two servers that already run
   python bench/sampling.py --model M --draft D --gammas 7 --temperature 0.7 --quick --prompts FILE --out DIR
-  python bench/sampling.py --model tests/toy/teacher --draft tests/toy/dflash --adaptive --batch 2 \
+  python bench/sampling.py --model tests/toy/teacher --draft tests/toy/dflash --adaptive --batch 2 \\
       --prompts tests/toy/prompts.jsonl --out DIR   # γ decided in every step
 
 exit status:

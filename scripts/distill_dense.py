@@ -58,7 +58,7 @@ def run(config: DistillConfig) -> int:
     if config.dry_run:
         from laguna_serve.scripts.training.dense.plan.page import format_plan, plan_memory
 
-        plan = plan_memory(config, require_folder(config.teacher))
+        plan = plan_memory(config, require_folder(config.teacher, config_alone=True))
         print(format_plan(plan))
         print(json.dumps(to_json(plan)))
         return HELD

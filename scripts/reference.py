@@ -40,6 +40,16 @@ FAMILIES = {
     "evals": ("Evaluations", "Code, loss, invariance, references and the standard suites."),
     "scripts": ("Making and training", "The toy family, students, pruning scores, reinforcement learning."),
 }
+# Commands that lie deeper than a folder of a family.
+DEEPER = {
+    "scripts": (
+        "training/dense/experiments",
+        "training/diffusion/calibrate.py",
+        "training/diffusion/distil.py",
+        "training/diffusion/prune.py",
+        "training/diffusion/toy.py",
+    )
+}
 # vLLM's that serving/deploy shows.
 ENGINE_METRICS = {
     "vllm:num_requests_waiting": "Requests that wait in an engine.",
@@ -115,6 +125,9 @@ def list_commands(folder: str) -> Iterator[tuple[str, str]]:
     modules |= {
         path.parent.name: f"{folder}.{path.parent.name}.__main__" for path in (ROOT / folder).glob("*/__main__.py")
     }
+    for name in DEEPER.get(folder, ()):
+        dotted = name.removesuffix(".py") if name.endswith(".py") else f"{name}/__main__"
+        modules[name] = f"{folder}/{dotted}".replace("/", ".")
     for name, dotted in sorted(modules.items()):
         module = importlib.import_module(f"laguna_serve.{dotted}")
         if hasattr(module, "main"):

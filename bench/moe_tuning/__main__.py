@@ -72,7 +72,12 @@ class TuningConfig(BoundedConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status."""
     command = Command(
-        "bench/moe_tuning", TuningConfig, __doc__, EXAMPLES, others=(torch.OutOfMemoryError,), measures=True
+        "bench/moe_tuning",
+        TuningConfig,
+        __doc__,
+        EXAMPLES,
+        others=(torch.OutOfMemoryError,),
+        measures=lambda config: not config.plan,
     )
     return command.run(argv, tune, show=lambda result: tabulate(result).to_text())
 

@@ -179,7 +179,7 @@ def _note_unserved(config: CompactConfig, pruning: Pruning, target: Target) -> N
 
 def open_config(config: CompactConfig) -> tuple[Path, ExpertShape, Target, str]:
     """Read the base's config: its folder, experts and sizes, and the format that the output's experts have."""
-    folder = require_folder(config.base)
+    folder = require_folder(config.base, config_alone=config.dry_run)
     described = read_config(folder)
     stored = check_config(described, config.base)
     if stored == config.to:

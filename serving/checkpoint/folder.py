@@ -42,11 +42,19 @@ def find_folder(name: str) -> Path | None:
     return find_cached_snapshot(name)
 
 
-def require_folder(name: str) -> Path:
-    """As `find_folder`, for what reads the files itself: a hub id that is not cached is a CheckpointError, too."""
+def require_folder(name: str, *, config_alone: bool = False) -> Path:
+    """As `find_folder`, for what reads the files itself: a hub id that is not cached is a CheckpointError, too.
+
+    Args:
+        name: a folder or a hub id.
+        config_alone: nothing but config.json is read of it, so that the remedy asks for no weights.
+
+    Raises:
+        CheckpointError: as `find_folder`, or it is not cached.
+    """
     folder = find_folder(name)
     if folder is None:
-        remedy = f"download it first: hf download {name}"
+        remedy = f"download it first: hf download {name}{' config.json' if config_alone else ''}"
         raise CheckpointError(f"{name}: expected a folder or a cached hub id, got neither; {remedy}")
     return folder
 

@@ -41,15 +41,15 @@ PROBE_TIMEOUT_S = 300.0
 INSTALL_VLLM = "pip install 'vllm>=0.26,<0.34' on a GPU, the packages of scripts/requirements/cpu.lock on a CPU"
 INSTALL_US = "pip install --no-deps -e . in the project's folder"
 DESCRIPTION = (
-    "Check the installation: versions, device, plugin, and which class serves each architecture. With a model: what it"
-    " is, whether the device runs it, what it takes, how long its context can be, and the command."
+    "Check the installation: versions, device, plugin, and which class serves each architecture.\n\n"
+    "With a model: what it is, whether the device runs it, what it takes, how long its context can be, and the command."
 )
 EPILOG = """examples:
   laguna doctor            a table, then the same as one JSON line
   laguna doctor --json     the JSON line alone
   laguna doctor poolside/Laguna-XS.2 --draft poolside/Laguna-XS.2-speculator.dflash --gamma 7
   laguna doctor --deployment gateway.toml
-  laguna doctor Laguna-S-2.1-FP8 --as-device h200 -- --tensor-parallel-size 2
+  laguna doctor tests/fixtures/releases/Laguna-S-2.1-FP8 --as-device h200 -- --tensor-parallel-size 2
 
 exit status: 0 when all is well, 1 when something is off or the model cannot be served, 2 when the check could not run,
 130 interrupted

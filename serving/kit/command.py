@@ -65,7 +65,7 @@ class Command(Generic[C]):
     Attributes:
         prog: as a user types it ("bench/ab.py"); its messages begin with the last part.
         examples: what `--help` ends in, with the exit statuses.
-        others, interrupted, measures: as in `run_command`.
+        others, interrupted, measures: as in `run_command`; where not every run measures, a function of its flags.
     """
 
     prog: str
@@ -74,7 +74,7 @@ class Command(Generic[C]):
     examples: str
     others: tuple[type[Exception], ...] = ()
     interrupted: str = "nothing was written"
-    measures: bool = False
+    measures: bool | Callable[[C], bool] = False
 
     def run(
         self,
@@ -107,7 +107,8 @@ class Command(Generic[C]):
                 print_result(show(result), line(result), getattr(config, "out", None), always_json=given.json)
             return judge(result)
 
-        return run_command(self.name, body, others=self.others, interrupted=self.interrupted, measures=self.measures)
+        measures = self.measures(config) if callable(self.measures) else self.measures
+        return run_command(self.name, body, others=self.others, interrupted=self.interrupted, measures=measures)
 
     @property
     def name(self) -> str:

@@ -74,7 +74,7 @@ def _find_open_doors(config: Config) -> Iterator[Gap]:
     if not config.all_keys:
         yield Gap(
             what=f"keys: {server.host} is not loopback, and everybody who reaches it may ask",
-            remedy="laguna keys new NAME, or keep it behind something that asks who it is",
+            remedy="laguna keys new NAME --file FILE, or keep it behind something that asks who it is",
             serious=True,
         )
     if server.ssl_certfile is None and not server.trusted_proxies:

@@ -64,10 +64,10 @@ def read_credential(file: str | None, variable: str | None) -> str | None:
     return text
 
 
-def read_file(path: str, what: str, most: int) -> str:
+def read_file(path: str, what: str, most: int, remedy: str = "") -> str:
     """Read the text of a regular file: what else could be opened might block.
 
-    Raises ValueError, without path or text.
+    Raises ValueError, without path or text; its end is `remedy` where the file cannot be opened.
     """
     if "\0" in path:
         raise ValueError(f"{what}: expected the name of a file, got one with a character that no name has")
@@ -79,7 +79,7 @@ def read_file(path: str, what: str, most: int) -> str:
             raise ValueError(f"{what}: expected at most {most} bytes, got {size}")
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ValueError(f"{what}: expected a file that can be read, got {error.strerror or error}") from None
+        raise ValueError(f"{what}: expected a file that can be read, got {error.strerror or error}{remedy}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{what}: expected text, got other bytes") from None
 

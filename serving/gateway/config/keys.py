@@ -13,6 +13,7 @@ from laguna_serve.serving.gateway.config.key_file import read_key_tables
 from laguna_serve.serving.gateway.config.values import Count, Digest, FileName, ModelName, Name, Seconds, TokenCount
 
 MAX_KEY_FILE_BYTES = 64 << 20
+REMEDY = "; make it with laguna keys new NAME --file FILE"
 
 
 class Key(ConfigTable):
@@ -62,7 +63,7 @@ class AccessTable(ConfigTable):
 
 def read_keys(path: str) -> tuple[Key, ...]:
     """Read a file of keys. Raises ValueError, without any of its values."""
-    tables = read_key_tables(endpoint.read_file(path, "keys_file", MAX_KEY_FILE_BYTES))
+    tables = read_key_tables(endpoint.read_file(path, "keys_file", MAX_KEY_FILE_BYTES, REMEDY))
     try:
         return tuple(Key.model_validate(table) for table in tables)
     except ValidationError as error:

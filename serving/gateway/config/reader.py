@@ -35,7 +35,8 @@ def read_tables(path: Path) -> JsonObject:
     try:
         return parse_toml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"{path}: expected a configuration, got {error.strerror or error}; check --config") from None
+        remedy = "check the path, or begin with: laguna gateway --example"
+        raise ConfigError(f"{path}: expected a configuration, got {error.strerror or error}; {remedy}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: expected TOML, got {error}; fix the file") from None
 

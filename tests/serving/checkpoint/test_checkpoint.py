@@ -13,6 +13,7 @@ from laguna_serve.serving.checkpoint import (
     CheckpointError,
     find_folder,
     read_target,
+    require_folder,
 )
 
 
@@ -71,6 +72,13 @@ def test_hub_id_is_looked_up_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert find_folder("poolside/Laguna-XS.2") is None
+    for alone, remedy in (
+        (False, "hf download poolside/Laguna-XS.2"),
+        (True, "hf download poolside/Laguna-XS.2 config.json"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            require_folder("poolside/Laguna-XS.2", config_alone=alone)
+        assert str(caught.value).endswith(f"download it first: {remedy}")
     repository = tmp_path / "hub" / "models--poolside--Laguna-XS.2"
     snapshot = repository / "snapshots" / "abc"
     snapshot.mkdir(parents=True)

@@ -113,7 +113,7 @@ def test_what_cannot_be_is_a_line_and_the_file_stays(
         ('[[keys]]\nname = "a"\nsecret = "sk-secret"', "keys_file: "),
         ("[[keys]", "expected TOML, got something else"),
         ("[server]\n", "expected [[keys]] alone"),
-        (None, "expected a file that can be read, got No such file"),
+        (None, "got No such file or directory; make it with laguna keys new NAME --file FILE"),
     ],
 )
 def test_file_that_is_none_is_refused_without_its_text(

@@ -14,6 +14,7 @@ import pytest
 
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
+from laguna_serve.serving.kit.environment import OtherLoad
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag
 
@@ -69,6 +70,19 @@ def test_without_a_table_there_is_no_json_flag(capsys: pytest.CaptureFixture[str
 
 def test_what_a_result_stands_for_is_the_exit_status() -> None:
     assert COMMAND.run([], count, show=show, judge=lambda result: FELL_SHORT if result.loads else HELD) == FELL_SHORT
+
+
+def test_only_runs_that_measure_warn_of_other_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a plan of bench/moe_tuning, which times nothing."""
+    monkeypatch.setattr(OtherLoad, "find_share", lambda _: 0.9)
+    command = Command("bench/count.py", CountConfig, "Count.", "", measures=lambda config: config.count > 3)
+    warned = []
+    for number in ("3", "4"):
+        assert command.run(["--count", number], count) == HELD
+        warned.append("other processes took 90%" in capsys.readouterr().err)
+    assert warned == [False, True]
 
 
 def test_an_error_is_one_line_under_the_command_s_name(capsys: pytest.CaptureFixture[str]) -> None:
