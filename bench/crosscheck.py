@@ -31,7 +31,8 @@ EXAMPLES = """
 example: python bench/crosscheck.py --url http://127.0.0.1:8000 --model tests/toy/teacher \\
     --prompts tests/toy/prompts.jsonl --num-prompts 64
 
-The endpoint must run with prefix caching off. Exit status: 0 within 5%, 1 outside, 2 could not run, 130 interrupted.
+The endpoint must run with prefix caching off: laguna serve tests/toy/teacher --no-prefix-caching
+Exit status: 0 within 5%, 1 outside, 2 could not run, 130 interrupted.
 """
 
 

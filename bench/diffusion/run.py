@@ -122,12 +122,8 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     """
     from laguna_serve.bench.diffusion.arms import TARGET, Arms, read_calibration
 
-    texts = [prompt.text for prompt in load_texts(config.prompts)[: config.num_prompts]]
-    first, end = read_calibration(config.proposals)
-    if first < len(texts):
-        raise FlagError(
-            f"--num-prompts: expected at most {first}, as what follows up to {end} was learnt from, got {len(texts)}"
-        )
+    given = [prompt.text for prompt in load_texts(config.prompts)]
+    texts = choose_prompts(given, config.num_prompts, *read_calibration(config.proposals))
     arms = Arms(
         config.model,
         config.draft,
@@ -188,6 +184,24 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
         plot.draw(result, config.out / "draft_cost.png")
     write_text(config.out / "diffusion.md", f"```text\n{render_text(result)}\n```\n\n{cite_environment(environment)}\n")
     return result
+
+
+def choose_prompts(texts: list[str], number: int, first: int, end: int) -> list[str]:
+    """Choose prompts that nothing was learnt from, in front of those from `first` to `end` or behind them.
+
+    Raises:
+        FlagError: neither part has so many.
+    """
+    number, before, behind = min(number, len(texts)), texts[:first], texts[end:]
+    if len(before) >= number:
+        return before[:number]
+    if len(behind) >= number:
+        return behind[:number]
+    most = max(len(before), len(behind))
+    raise FlagError(
+        f"--num-prompts: expected at most {most} in front of prompts {first + 1} to {end} or behind them, which were"
+        f" learnt from, got {number}; give others, or calibrate with another --first"
+    )
 
 
 def _measure_draft(

@@ -80,8 +80,9 @@ def measure_both(
                 rates[side].append(asyncio.run(_measure_client(config, name, prompts)))
             else:
                 rates[side].append(measure_vllm(config, name, dataset, len(prompts)))
-    if asyncio.run(_count_hits(config.url)) != hits_before:
-        raise CrosscheckError("prefix cache: expected no hits, got some; start the engine with prefix caching off")
+            if asyncio.run(_count_hits(config.url)) != hits_before:
+                remedy = "start the engine with prefix caching off (laguna serve MODEL --no-prefix-caching)"
+                raise CrosscheckError(f"prefix cache: expected no hits, got some; {remedy}")
     return rates
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ STOP_GRACE_S = 10.0
 TIMEOUT_S = 3600
 # What the harness says when a question and one of its answers are longer than the context: it cuts the beginning off.
 CUT = "Left truncating context"
+# What the hub's libraries say where it cannot be reached.
+UNREACHED = re.compile(r"Couldn't reach|LocalEntryNotFound|OfflineMode|offline mode|Max retries exceeded")
+OFFLINE = "without a network --data DIR has the questions; --list says which files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +160,10 @@ def run_logged(
         finally:
             stop(child)
     if child.returncode != 0:
+        last = read_last_line(log)
+        remedy = f"; {OFFLINE}" if UNREACHED.search(last) else ""
         raise SuiteError(
-            f"{name}: expected it to succeed, got exit status {child.returncode}: {read_last_line(log)}; see {log}"
+            f"{name}: expected it to succeed, got exit status {child.returncode}: {last}; see {log}{remedy}"
         )
 
 

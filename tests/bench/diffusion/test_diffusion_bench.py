@@ -14,6 +14,7 @@ from tiny_llada import write_llada
 from laguna_serve.bench.diffusion.run import (
     FEWER_BITS,
     DiffusionConfig,
+    choose_prompts,
     count_differing,
     main,
     measure_proposals,
@@ -88,8 +89,10 @@ def test_every_proposer_comes_to_the_references_tokens(learnt: CalibrateConfig, 
 
 
 def test_prompts_that_were_learnt_from_are_not_measured(learnt: CalibrateConfig, tmp_path: Path) -> None:
-    with pytest.raises(FlagError, match="expected at most 4, as what follows up to 6 was learnt from, got 6"):
-        measure_proposals(replace(bench(learnt, tmp_path), num_prompts=6))
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(PROMPTS.read_text().splitlines(keepends=True)[:9]))
+    with pytest.raises(FlagError, match=r"expected at most 4 in front of prompts 5 to 6 or behind them, .* got 6;"):
+        measure_proposals(replace(bench(learnt, tmp_path), prompts=few, num_prompts=6))
     with pytest.raises(FlagError, match="expected at least 4, two rounds, got 2"):
         replace(bench(learnt, tmp_path), num_prompts=2)
 
@@ -108,6 +111,20 @@ def test_bits_that_no_draft_can_have_are_refused(
     assert not (tmp_path / "none").exists(), "refused before anything was measured"
     with pytest.raises(FlagError, match="--draft-weights: expected --draft beside it"):
         replace(bench(learnt, tmp_path), draft=None, draft_weights=("fp8",))
+
+
+@pytest.mark.parametrize(
+    ("number", "first", "end", "chosen"),
+    [(2, 2, 4, "ab"), (2, 0, 2, "cd"), (3, 1, 3, "def"), (9, 0, 0, "abcdef")],
+)
+def test_prompts_are_taken_that_nothing_was_learnt_from(number: int, first: int, end: int, chosen: str) -> None:
+    """With the defaults of calibrate.py, whose first prompt is the file's, they are those behind."""
+    assert choose_prompts([*"abcdef"], number, first, end) == [*chosen]
+
+
+def test_too_few_prompts_that_nothing_was_learnt_from_are_refused() -> None:
+    with pytest.raises(FlagError, match=r"expected at most 2 in front of prompts 1 to 4 or behind them, .* got 3;"):
+        choose_prompts([*"abcdef"], 3, 0, 4)
 
 
 def test_without_what_was_learnt_it_says_what_to_run(

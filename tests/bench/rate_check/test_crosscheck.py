@@ -26,14 +26,32 @@ found = {"completed": count - LOST, "total_output_tokens": (count - LOST) * toke
 
 
 def check(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rate: float, *, lost: int = 0, hits: int = 0, crash: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    rate: float,
+    *,
+    lost: int = 0,
+    hits: int = 0,
+    crash: bool = False,
+    repeats: str = "1",
 ) -> int:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(6)))
     program = "raise SystemExit('no such flag')" if crash else MOCK_BENCH
     monkeypatch.setattr(clients, "VLLM_BENCH", program.replace("RATE", str(rate)).replace("LOST", str(lost)))
     with MockEngine(Settings(delay_s=0.002, prefix_hits=hits)) as engine:
-        flags = ["--url", engine.url, "--model", "m", "--prompts", str(prompts), "--max-tokens", "8", "--repeats", "1"]
+        flags = [
+            "--url",
+            engine.url,
+            "--model",
+            "m",
+            "--prompts",
+            str(prompts),
+            "--max-tokens",
+            "8",
+            "--repeats",
+            repeats,
+        ]
         return crosscheck.main([*flags, "--out", str(tmp_path / "found.json")])
 
 
@@ -69,6 +87,16 @@ def test_an_unfair_comparison_is_not_made(
 ) -> None:
     assert check(monkeypatch, tmp_path, 100.0, lost=lost, hits=hits, crash=crash) == 2
     assert message in capsys.readouterr().err
+
+
+def test_hits_end_it_in_the_first_round(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(monkeypatch, tmp_path, 100.0, hits=3, repeats="5") == 2
+    said = capsys.readouterr().err
+    assert "laguna serve MODEL --no-prefix-caching" in said
+    assert "round 1 of 5" in said
+    assert "round 2 of 5" not in said
 
 
 def test_crosscheck_from_python(

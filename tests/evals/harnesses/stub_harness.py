@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What STUB in the environment says: ok, fail, nothing (ends well without a result) or cut (a prompt was too long).
+# What STUB in the environment says: ok, fail, unreached (no network), nothing (ends well without a result), or cut (a
+# prompt was too long).
 PYTHON = """#!{python}
 import json, os, pathlib, sys
 arguments = sys.argv[1:]
@@ -18,6 +19,8 @@ with open(here / "calls.jsonl", "a") as calls:
 how = os.environ["STUB"]
 if how == "fail":
     sys.exit("ValueError: out of luck")
+if how == "unreached":
+    sys.exit("ConnectionError: Couldn't reach 'openai/gsm8k' on the Hub (LocalEntryNotFoundError)")
 if how == "cut":
     print("Context length (90) + continuation length (3) > max_length (64). Left truncating context.")
 if how != "nothing":

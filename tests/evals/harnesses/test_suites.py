@@ -108,7 +108,7 @@ def test_only_the_suite_of_bigcodes_prompt_says_that_it_is_bigcodes() -> None:
     assert named == {name for name, suite in found.items() if suite.task == "bigcode"}
     assert all(name.endswith("-bigcode") for name in named)
     assert "is the one to compare with that" in found["mbpp-bigcode"].source
-    assert "do not compare with 003's 42.60%" in found["mbpp-signature"].source
+    assert "do not compare with the 42.60% of DANTE-Mosaic-3.5B's card" in found["mbpp-signature"].source
     # What the source says of n cannot be so.
     assert round(100 * 213 / 500, 2) == 42.60
     assert 42.60 not in {round(100 * passed / 374, 2) for passed in range(375)}
@@ -206,6 +206,7 @@ def test_cut_prompts_are_told(harness: StubHarness, run: Any, tmp_path: Path, mo
     ("how", "message"),
     [
         ("fail", "arc-challenge: expected it to succeed, got exit status 1: ValueError: out of luck; see "),
+        ("unreached", "lm_eval.log; without a network --data DIR has the questions; --list says which files"),
         ("nothing", "arc-challenge: expected lm-eval to leave results, got none; see "),
     ],
 )
