@@ -49,11 +49,6 @@ class Acceptance:
                 self.tries[accepted] += 1
         self._estimate()
 
-    def load(self, tries: list[float], successes: list[float], step: int) -> None:
-        """Begin with what was seen earlier, until a step with this number."""
-        self.tries, self.successes, self._step = list(tries), list(successes), step
-        self._estimate()
-
     def expect(self, drafted: int, accepted: int) -> float:
         """Return the successes that were to be expected of the tries of such a draft."""
         return self._sums[min(accepted + 1, drafted)]

@@ -19,13 +19,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from laguna_serve.plugins.adaptive.memory import CellMemory, TableMemory
-from laguna_serve.plugins.adaptive.prompt_rate import MOST_SURPRISE, PromptRate
-
 # A cell is the median of its last measurements while they are few: those of a cold machine are soon forgotten.  Then
 # each further one counts as much as any before it, up to this.
 FIRST, FEW, CELL_MEMORY = 5, 16, 64
 PACE_RATE = 1 / 8
+# Natural logarithm of the largest factor by which one measurement is believed to differ.
+MOST_SURPRISE = 0.4
+MOST_FACTOR = math.exp(MOST_SURPRISE)
+# Steps with prompts after which what they say of a prompt token weighs a third; the square of how far prompts must have
+# moved their steps' times, as a share of these, before it is believed.
+PROMPT_MEMORY, LEAST_SWING = 128.0, 0.1
 # What must be left of a step beside its prompts, as a share, to be a measurement.
 LEAST_SHARE = 0.15
 # Measurements after which a table is read anew, beyond those of new cells.
@@ -70,6 +73,46 @@ class Cell:
             self.value = sorted(self.last)[(len(self.last) - 1) // 2]
         else:
             self.value += surprise / min(self.count - FEW + FIRST, CELL_MEMORY)
+
+
+@dataclass(slots=True)
+class Mean:
+    """Means over a cell's steps with and without prompts: prompt tokens, and seconds at pace 1."""
+
+    steps: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Take in a step."""
+        self.steps = min(self.steps + 1, CELL_MEMORY)
+        self.tokens += (tokens - self.tokens) / self.steps
+        self.seconds += (seconds - self.seconds) / self.steps
+
+
+class PromptRate:
+    """Seconds per prompt token, at pace 1: the slope of steps' times over their prompt tokens, within cells."""
+
+    def __init__(self) -> None:
+        self._means: dict[tuple[int, int], Mean] = {}
+        self._square = self._product = 0.0
+        self.value = 0.0
+
+    def observe(self, requests: int, level: int, tokens: int, seconds: float) -> None:
+        """Take in a step's seconds at pace 1; errors are shares of these, so that long steps weigh less."""
+        mean = self._means.setdefault((requests, level), Mean())
+        expected = seconds
+        if self.value and mean.steps:
+            expected = max(mean.seconds + self.value * (tokens - mean.tokens), mean.seconds / 8)
+            seconds = max(expected / MOST_FACTOR, min(expected * MOST_FACTOR, seconds))
+        more, longer = tokens - mean.tokens, seconds - mean.seconds
+        if mean.steps and more:
+            keep, weight = 1 - 1 / PROMPT_MEMORY, mean.steps / (mean.steps + 1) / max(expected, mean.seconds) ** 2
+            self._square = self._square * keep + weight * more * more
+            self._product = self._product * keep + weight * more * longer
+            known = self._product > 0 and self._product**2 > LEAST_SWING * self._square
+            self.value = self._product / self._square if known else 0.0
+        mean.observe(tokens, seconds)
 
 
 class CostTable:
@@ -158,24 +201,6 @@ class CostTable:
         """Whether nothing was measured yet."""
         return not self._cells
 
-    def dump(self) -> TableMemory:
-        """Return what was learned, of cells that were measured often enough; none is too sure to be moved later."""
-        cells = [
-            CellMemory(bucket, level, min(cell.count, FEW), cell.value)
-            for bucket, levels in self._cells.items()
-            for level, cell in levels.items()
-            if cell.count >= FIRST
-        ]
-        return TableMemory(cells, self.rate.dump())
-
-    def load(self, memory: TableMemory) -> None:
-        """Begin with what was learned earlier."""
-        for known in memory.cells:
-            cell = self._cells.setdefault(known.bucket, {})[known.level] = Cell([known.value] * FIRST)
-            cell.value, cell.count = known.value, known.count
-        self.rate.load(memory.rate)
-        self._curves.clear()
-
 
 def find_bucket(requests: int) -> int:
     """Find the number of requests' row of cells: exact for few, then by the logarithm."""
@@ -258,12 +283,6 @@ class StepCosts:
         self.verify.observe(step.requests, min(level, self.width), step.target_s, step.prompt)
         if step.width:
             self.draft.observe(step.batch or step.requests, step.width, step.drafter_s, step.prompt)
-
-    def load(self, verify: TableMemory, draft: TableMemory, pace: float) -> None:
-        """Begin with what was learned earlier, `pace` being the logarithm of the machine's."""
-        self.verify.load(verify)
-        self.draft.load(draft)
-        self._pace.log = pace
 
     def find_draft_curve(self, requests: int) -> list[float]:
         """Return the drafter's time by width; before it was measured in proportion to the target's."""

@@ -21,13 +21,11 @@ would not: keep it that way.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from laguna_serve.plugins.adaptive.acceptance import Acceptance, OwnAcceptance
 from laguna_serve.plugins.adaptive.costs import FIRST, Measured, StepCosts, find_bucket
-from laguna_serve.plugins.adaptive.memory import KindMemory, PolicyMemory
 from laguna_serve.plugins.adaptive.prospect import PLAIN, Decision, Prospect
 from laguna_serve.plugins.adaptive.rows import round_rows
 
@@ -65,7 +63,7 @@ class Policy:
     # Seconds for the context of a token, as far as known from elsewhere.
     row_s: float = 0.0
     costs: StepCosts = field(init=False)
-    _shared: dict[int, Acceptance] = field(default_factory=dict)
+    _shared: dict[object, Acceptance] = field(default_factory=dict)
     _own: dict[str, OwnAcceptance] = field(default_factory=dict)
     _step: int = 0
     _warmed: int = 0
@@ -85,29 +83,7 @@ class Policy:
     def __post_init__(self) -> None:
         self.costs = StepCosts(self.width)
 
-    def dump(self) -> PolicyMemory:
-        """Return what was learned of steps and drafts, without the requests that are under way."""
-        return PolicyMemory(
-            width=self.width,
-            step=self._step,
-            pace=math.log(self.costs.pace),
-            verify=self.costs.verify.dump(),
-            draft=self.costs.draft.dump(),
-            kinds=[KindMemory(kind, seen.tries, seen.successes) for kind, seen in self._shared.items()],
-            prompts=self._prompts,
-            answers=self._answers,
-        )
-
-    def load(self, memory: PolicyMemory) -> None:
-        """Begin with what a policy of the same width had learned, before any request."""
-        self.costs.load(memory.verify, memory.draft, memory.pace)
-        self._step = self._full_at = self._plain_at = memory.step
-        self._prompts, self._answers = memory.prompts, memory.answers
-        for known in memory.kinds:
-            self._shared[known.kind] = seen = Acceptance(self.width)
-            seen.load(known.tries, known.successes, memory.step)
-
-    def add(self, request: str, kind: int) -> None:
+    def add(self, request: str, kind: object) -> None:
         """Get to know a request; those of one kind (their temperature, say) share what is known."""
         shared = self._shared.setdefault(kind, Acceptance(self.width))
         self._own[request] = OwnAcceptance(shared)

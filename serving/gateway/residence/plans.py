@@ -48,7 +48,6 @@ def make_engine_config(name: str, table: OwnedEngine) -> EngineConfig:
         draft=draft,
         gamma=None if isinstance(gamma, str) else gamma,
         adaptive=gamma == "adaptive",
-        gamma_memory=True,
         gamma_schedule=schedule,
         draft_sampling=sampling,
         served_model_name=name,
