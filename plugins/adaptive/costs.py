@@ -3,6 +3,7 @@
 A step's time is that of the target, over one row per request and the drafted ones, and that of the drafter's pass
 behind it.  Both have a table: cells by (requests, drafted tokens per request).  What was never measured follows from
 what was: cells of the same number of requests scale their neighbours, and those of the next numbers give the shape.
+What was not measured for long is forgotten, and so tried again.
 Only ratios decide, so that times are kept in units of the machine's present *pace*, which follows every step quickly,
 while cells follow it slowly: other work on the machine slows all of them alike.  One wild step moves nothing by more
 than a fixed factor.
@@ -19,20 +20,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from laguna_serve.plugins.adaptive.prompt_rate import MOST_SURPRISE, PromptRate
+
 # A cell is the median of its last measurements while they are few: those of a cold machine are soon forgotten.  Then
 # each further one counts as much as any before it, up to this.
 FIRST, FEW, CELL_MEMORY = 5, 16, 64
 PACE_RATE = 1 / 8
-# Natural logarithm of the largest factor by which one measurement is believed to differ.
-MOST_SURPRISE = 0.4
-MOST_FACTOR = math.exp(MOST_SURPRISE)
-# Steps with prompts after which what they say of a prompt token weighs a third; the square of how far prompts must have
-# moved their steps' times, as a share of these, before it is believed.
-PROMPT_MEMORY, LEAST_SWING = 128.0, 0.1
 # What must be left of a step beside its prompts, as a share, to be a measurement.
 LEAST_SHARE = 0.15
 # Measurements after which a table is read anew, beyond those of new cells.
 READ_AGAIN = 16
+# Measurements of a number of requests after which a cell of it that was in none of them is forgotten, and how often
+# that is looked for: what it says may be of a busy hour, and keeps what would correct it from being tried.
+STALE, LOOKED_EVERY = 256, 32
 # Numbers of requests that share a cell: exact up to this, then within a fifth.
 EXACT_REQUESTS, BUCKETS_PER_DOUBLING = 8, 4
 # Cells so near say what a step of plain decoding takes: two requests more or less, or a factor of 1.4.
@@ -56,11 +56,11 @@ class Pace:
 class Cell:
     """The logarithm of a time at pace 1, from measurements of it."""
 
-    __slots__ = ("count", "last", "value")
+    __slots__ = ("count", "last", "seen", "value")
 
     def __init__(self, known: list[float]) -> None:
         """Begin with what is `known` from its neighbours as if it had been measured: one wild step is not believed."""
-        self.last, self.count, self.value = known, 0, 0.0
+        self.last, self.count, self.value, self.seen = known, 0, 0.0, 0
 
     def observe(self, steady: float, pace: Pace) -> None:
         """Take in the logarithm of a time at pace 1."""
@@ -75,46 +75,6 @@ class Cell:
             self.value += surprise / min(self.count - FEW + FIRST, CELL_MEMORY)
 
 
-@dataclass(slots=True)
-class Mean:
-    """Means over a cell's steps with and without prompts: prompt tokens, and seconds at pace 1."""
-
-    steps: int = 0
-    tokens: float = 0.0
-    seconds: float = 0.0
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        """Take in a step."""
-        self.steps = min(self.steps + 1, CELL_MEMORY)
-        self.tokens += (tokens - self.tokens) / self.steps
-        self.seconds += (seconds - self.seconds) / self.steps
-
-
-class PromptRate:
-    """Seconds per prompt token, at pace 1: the slope of steps' times over their prompt tokens, within cells."""
-
-    def __init__(self) -> None:
-        self._means: dict[tuple[int, int], Mean] = {}
-        self._square = self._product = 0.0
-        self.value = 0.0
-
-    def observe(self, requests: int, level: int, tokens: int, seconds: float) -> None:
-        """Take in a step's seconds at pace 1; errors are shares of these, so that long steps weigh less."""
-        mean = self._means.setdefault((requests, level), Mean())
-        expected = seconds
-        if self.value and mean.steps:
-            expected = max(mean.seconds + self.value * (tokens - mean.tokens), mean.seconds / 8)
-            seconds = max(expected / MOST_FACTOR, min(expected * MOST_FACTOR, seconds))
-        more, longer = tokens - mean.tokens, seconds - mean.seconds
-        if mean.steps and more:
-            keep, weight = 1 - 1 / PROMPT_MEMORY, mean.steps / (mean.steps + 1) / max(expected, mean.seconds) ** 2
-            self._square = self._square * keep + weight * more * more
-            self._product = self._product * keep + weight * more * longer
-            known = self._product > 0 and self._product**2 > LEAST_SWING * self._square
-            self.value = self._product / self._square if known else 0.0
-        mean.observe(tokens, seconds)
-
-
 class CostTable:
     """Times by (requests, level), in seconds at pace 1; `prior[level]` is the shape before anything was measured."""
 
@@ -125,6 +85,7 @@ class CostTable:
         self.rate = PromptRate()
         self._curves: dict[int, list[float]] = {}
         self._unread = 0
+        self._measured: dict[int, int] = {}
 
     def observe(self, requests: int, level: int, seconds: float, tokens: int = 0) -> None:
         """Take in a measured time of a step that also read so many prompt tokens; requests 0: it did nothing else."""
@@ -141,10 +102,21 @@ class CostTable:
             known = [math.log(expected)] if expected else []
             cell = self._cells.setdefault(bucket, {}).setdefault(level, Cell(known))
         cell.observe(math.log(steady), self._pace)
+        self._forget_stale(bucket, cell)
         self._unread += 1
         if cell.count <= FEW or self._unread >= READ_AGAIN:
             self._curves.clear()
             self._unread = 0
+
+    def _forget_stale(self, bucket: int, measured: Cell) -> None:
+        """Count a measurement of a bucket's cell, and forget those that have had none for long."""
+        now = measured.seen = self._measured[bucket] = self._measured.get(bucket, 0) + 1
+        if now % LOOKED_EVERY:
+            return
+        cells = self._cells[bucket]
+        for level in [level for level, cell in cells.items() if now - cell.seen > STALE]:
+            del cells[level]
+            self._curves.clear()
 
     def _leave(self, steady: float, tokens: int, expected: float) -> float:
         """Return what prompts leave of a time, the nearer to what is expected the less it is; 0 if that is nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from adaptive_simulation import PROMPT_S, WIDTH, Simulation
@@ -114,6 +115,24 @@ def test_cold_steps_do_not_keep_one_request_from_drafts() -> None:
     simulation = Cold(lambda _step, _number: GREEDY)
     simulation.run(400, Policy(WIDTH))
     assert sum(width > 0 for width in simulation.widths[40:]) > 0.8 * 360
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("requests", [1, 4, 8, 16])
+def test_what_a_busy_hour_said_is_forgotten(requests: int) -> None:
+    """While the machine was busy, steps with many drafted rows took four times as long; they were tried a few times."""
+
+    class Busy(Simulation):
+        def measure_step(self, step: Measured) -> Measured:
+            wide = step.requests and step.drafted > 4.5 * step.requests
+            return replace(step, target_s=step.target_s * (4 if wide else 1))
+
+    load: dict[str, Any] = {"length": 96, "spread": 30, "prompt": lambda _number: 40}
+    policy = Policy(WIDTH)
+    Busy(lambda _step, _number: GREEDY, requests, **load).run(600, policy)
+    simulation = Simulation(lambda _step, _number: GREEDY, requests, seed=5, **load)
+    _, rate = simulation.best(3000)
+    assert simulation.run(3000, policy) > 0.97 * rate
 
 
 def test_it_stops_when_acceptance_falls_and_comes_back_when_it_rises() -> None:
