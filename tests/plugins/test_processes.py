@@ -54,7 +54,7 @@ def test_server_is_executed_after_its_imports_with_what_they_made_left_out_of_se
 
 
 GROUPS = """
-import pathlib, sys, tempfile
+import pathlib, sys, tempfile, time
 import torch
 from torch import distributed
 if "shared" in sys.argv:
@@ -69,8 +69,11 @@ with tempfile.TemporaryDirectory() as folder:
         distributed.broadcast_object_list(said, src=0, group=group)
         distributed.barrier(group=group)
         assert (row.tolist(), said) == ([1, 1, 1], [{"said": 1}])
-    names = [file.read_text().strip() for file in pathlib.Path("/proc/self/task").glob("*/comm")]
-    print(names.count("gloo_tcp_loop"))
+    count = lambda: [file.read_text().strip() for file in tasks.glob("*/comm")].count("gloo_tcp_loop")
+    tasks, deadline = pathlib.Path("/proc/self/task"), time.monotonic() + 30
+    while count() < int(sys.argv[2]) and time.monotonic() < deadline:  # a thread names itself when it runs
+        time.sleep(0.05)
+    print(count())
     distributed.destroy_process_group()
 """
 
@@ -78,7 +81,7 @@ with tempfile.TemporaryDirectory() as folder:
 @pytest.mark.parametrize(("kind", "threads"), [("stock", "5"), ("shared", "1")])
 def test_stock_groups_of_one_have_a_thread_each(kind: str, threads: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", GROUPS, kind], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", GROUPS, kind, threads], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == threads
