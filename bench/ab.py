@@ -27,7 +27,7 @@ from laguna_serve.bench.harness.report import render_markdown, render_text
 from laguna_serve.bench.harness.result import INTERRUPTED as INTERRUPTION
 from laguna_serve.bench.harness.result import LINE, AbResult, CertificateSummary
 from laguna_serve.bench.harness.runner import run_plan
-from laguna_serve.bench.harness.schedule import Plan, Waves, make_plan
+from laguna_serve.bench.harness.schedule import NumWarmups, Plan, Waves, count_warmups, make_plan
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
@@ -38,7 +38,6 @@ from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import check_out
 
-MIN_WARMUP = 4
 DESCRIPTION = "Measure a baseline and a candidate vLLM engine on the same prompts, paired: speed and equality."
 
 EXAMPLES = """
@@ -86,6 +85,7 @@ class AbConfig(PromptsConfig, ArmsConfig):
     ] = False
     concurrency: Annotated[int, Flag("prompts under way (default: 1)", metavar="N", at_least=1)] = 1
     waves: Waves = 1
+    num_warmups: NumWarmups = None
     sequential: Sequential = None
     control: Annotated[
         int,
@@ -209,7 +209,7 @@ def prepare(config: AbConfig) -> tuple[Plan, tuple[ArmSpec, ArmSpec]]:
     count = config.num_prompts
     if count is None and config.at_most is not None:
         count = min(config.at_most, len(prompts))
-    timed, warmup = split_prompts(prompts, count, max(MIN_WARMUP, config.concurrency))
+    timed, warmup = split_prompts(prompts, count, count_warmups(config.num_warmups, config.concurrency))
     plan = make_plan(
         timed,
         warmup,

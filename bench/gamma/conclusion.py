@@ -61,6 +61,7 @@ def conclude(
             max_tokens=config.max_tokens,
             own_lengths=count_own_lengths(prompts[: config.num_prompts], config.max_tokens),
             waves=config.waves if config.waves > 1 else UNSET,
+            num_warmups=UNSET if config.num_warmups is None else config.num_warmups,
             sequential=any(point.drift for point in measured),
             temperature=config.temperature,
             draft_sampling=config.draft_sampling,

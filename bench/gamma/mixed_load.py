@@ -10,13 +10,13 @@ from itertools import cycle
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec, open_arm
 from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.passes import make_measure, open_passes
-from laguna_serve.bench.gamma.points import MIN_WARMUP, assemble_sound, choose_sweep_order, measure_plan
+from laguna_serve.bench.gamma.points import assemble_sound, choose_sweep_order, measure_plan
 from laguna_serve.bench.gamma.result import MixedLoad, PointFigures
 from laguna_serve.bench.harness.in_turn import join_run, measure_in_turn
 from laguna_serve.bench.harness.prompts import split_prompts
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.bench.harness.run import MeasurementStoppedError
-from laguna_serve.bench.harness.schedule import Plan, Round, make_plan
+from laguna_serve.bench.harness.schedule import Plan, Round, count_warmups, make_plan
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.progress import Progress
@@ -101,7 +101,7 @@ def _measure_pair(
 def make_mixed_plan(config: SweepConfig, prompts: list[Prompt]) -> Plan:
     """Interleaved rounds of every concurrency, CYCLES times or as long as there are prompts."""
     count = min(len(prompts), CYCLES * sum(config.concurrency))
-    timed, warmup = split_prompts(prompts, count, max(MIN_WARMUP, *config.concurrency))
+    timed, warmup = split_prompts(prompts, count, count_warmups(config.num_warmups, max(config.concurrency)))
     plan = make_plan(
         timed,
         warmup,

@@ -20,7 +20,7 @@ from laguna_serve.bench.arms.drafters import (
     find_most,
 )
 from laguna_serve.bench.harness.prompts import PromptsConfig
-from laguna_serve.bench.harness.schedule import Waves
+from laguna_serve.bench.harness.schedule import NumWarmups, Waves
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers, parse_words
 from laguna_serve.serving.kit.run_dir import fingerprint
@@ -86,6 +86,7 @@ class SweepConfig(PromptsConfig, DrafterOrUrlsConfig):
     beyond_block: BeyondBlock = False
     concurrency: Annotated[tuple[int, ...], Flag("default: 1", metavar="N,…", at_least=1, parse=parse_numbers)] = (1,)
     waves: Waves = 1
+    num_warmups: NumWarmups = None
     num_prompts: Annotated[int, Flag("the first N prompts (default: 32)", metavar="N", at_least=1)] = 32
     max_tokens: Annotated[int, Flag("output tokens per prompt (default: 96)", metavar="N", at_least=1)] = 96
     stack: Annotated[

@@ -18,7 +18,7 @@ from laguna_serve.bench.harness.prompts import fingerprint_prompts, split_prompt
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, Run, counter_delta
 from laguna_serve.bench.harness.runner import measure
-from laguna_serve.bench.harness.schedule import Plan, make_plan
+from laguna_serve.bench.harness.schedule import Plan, count_warmups, make_plan
 from laguna_serve.bench.harness.validity import check_drafts
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
@@ -29,8 +29,6 @@ from laguna_serve.serving.kit.results import read_result, write_result
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 
-MIN_WARMUP = 4
-
 
 def claim_points(config: SweepConfig, prompts: Sequence[Prompt], environment: Environment) -> None:
     """Take the folder of finished measurements. Raises RunDirError when it holds those of another sweep."""
@@ -40,6 +38,7 @@ def claim_points(config: SweepConfig, prompts: Sequence[Prompt], environment: En
         name: value for name in ("chat", "thinking", "temperature", "engine_args") if (value := getattr(config, name))
     }
     settings |= {} if config.waves == 1 else {"waves": config.waves}
+    settings |= {} if config.num_warmups is None else {"num_warmups": config.num_warmups}
     settings |= {} if config.draft_sampling == DRAFT_SAMPLING[0] else {"draft_sampling": config.draft_sampling}
     settings |= {
         "checkpoints": [fingerprint(config.model), fingerprint(config.draft)],
@@ -141,7 +140,7 @@ def write_point(config: SweepConfig, point: MeasuredPoint) -> None:
 
 def plan_point(config: SweepConfig, concurrency: int, prompts: Sequence[Prompt]) -> Plan:
     """Plan the rounds of a concurrency."""
-    timed, warmup = split_prompts(prompts, config.num_prompts, max(MIN_WARMUP, concurrency))
+    timed, warmup = split_prompts(prompts, config.num_prompts, count_warmups(config.num_warmups, concurrency))
     return make_plan(
         timed,
         warmup,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from laguna_serve.bench.arms.arms import ARMS
 from laguna_serve.bench.gamma.result import AblationResult, PointFigures, SweepPoint, SweepResult
-from laguna_serve.bench.harness.prompts import describe_load, describe_waves
+from laguna_serve.bench.harness.prompts import describe_load, describe_rounds
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.machine.memory import EngineMemory
@@ -41,7 +41,8 @@ def render_text(result: SweepResult) -> str:
 def render_markdown(result: SweepResult) -> str:
     """Render the same as a page."""
     work = result.workload
-    load = describe_load(work.num_prompts, work.max_tokens, work.own_lengths) + describe_waves(work.waves)
+    load = describe_load(work.num_prompts, work.max_tokens, work.own_lengths)
+    load += describe_rounds(work.waves, work.num_warmups)
     drawn = (
         f"at temperature {work.temperature:g}, drafts {work.draft_sampling or 'greedy'}"
         if work.temperature

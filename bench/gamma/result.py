@@ -145,7 +145,7 @@ class SweepWorkload(Struct, frozen=True, kw_only=True):
 
     `own_lengths`: how many asked for answers shorter than `max_tokens`.
     `temperature`: above 0 answers were drawn, and not compared; `draft_sampling`: drafts were drawn, too, or not;
-    None in older results, which are greedy. `waves`: as of ab.py's rounds.
+    None in older results, which are greedy. `waves`, `num_warmups`: as of ab.py's rounds.
     """
 
     prompts: str
@@ -156,6 +156,7 @@ class SweepWorkload(Struct, frozen=True, kw_only=True):
     temperature: float = 0.0
     draft_sampling: str | None = None
     waves: int | UnsetType = UNSET
+    num_warmups: int | UnsetType = UNSET
 
 
 class SweepResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.gamma_sweep/1"):

@@ -67,6 +67,7 @@ def assemble(
             chat_prompts=sum(prompt.chat is not None for prompt in plan.prompts),
             own_lengths=count_own_lengths(plan.prompts, plan.max_tokens),
             waves=plan.waves if plan.waves > 1 else UNSET,
+            num_warmups=UNSET if plan.num_warmups is None else plan.num_warmups,
         ),
         arms={name: _describe_arm(run.passes(name), f"arms.{name}" in withheld) for name in ARMS},
         speedup=_describe_speedup(run, plan, withheld),

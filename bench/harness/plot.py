@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from laguna_serve.bench.harness.prompts import describe_load, describe_waves
+from laguna_serve.bench.harness.prompts import describe_load, describe_rounds
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.serving.kit.figures import BAD, GOOD, SOFT, note_source, open_figure, style_axes
 
@@ -28,7 +28,7 @@ def _describe(result: AbResult) -> list[str]:
     work, environment = result.workload, result.environment
     parts = [
         describe_load(work.prompts, work.max_tokens, work.own_lengths),
-        f"concurrency {work.concurrency}{describe_waves(work.waves)}",
+        f"concurrency {work.concurrency}{describe_rounds(work.waves, work.num_warmups)}",
         "greedy",
     ]
     parts += [environment.device_name, environment.date[:10], *(["PARTIAL RUN"] if result.partial else [])]

@@ -86,9 +86,10 @@ def describe_load(prompts: int, max_tokens: int, own_lengths: int) -> str:
     return f"{prompts} prompts × {'up to ' if own_lengths else ''}{max_tokens} tokens"
 
 
-def describe_waves(waves: int | UnsetType) -> str:
-    """Describe rounds of more prompts than are under way at once; nothing where there are none."""
-    return "" if waves is UNSET else f", rounds of {waves} waves"
+def describe_rounds(waves: int | UnsetType, num_warmups: int | UnsetType) -> str:
+    """Describe rounds of more prompts than are under way at once, and many untimed prompts; nothing where none are."""
+    steady = "" if waves is UNSET else f", rounds of {waves} waves"
+    return steady if num_warmups is UNSET else f"{steady}, after {num_warmups} untimed ones"
 
 
 def fingerprint_prompts(prompts: Sequence[Prompt]) -> str:
@@ -184,7 +185,8 @@ def _make_chat(label: str, chat: JsonObject, thinking: Thinking | None, most: in
 def split_prompts(prompts: Sequence[Prompt], timed: int | None, warmup: int) -> tuple[list[Prompt], list[Prompt]]:
     """Split into timed prompts (from the front) and warm-up prompts (from what is left, lengths spread evenly).
 
-    Warm-up prompts are never among the timed ones; where the file has too few, synthetic ones of several lengths help.
+    Warm-up prompts are in the file's order and never among the timed ones; where it has too few, synthetic ones of
+    several lengths help.
 
     Raises:
         PromptsError: more timed prompts are asked for than there are.
@@ -192,9 +194,9 @@ def split_prompts(prompts: Sequence[Prompt], timed: int | None, warmup: int) -> 
     count = len(prompts) if timed is None else timed
     if count > len(prompts):
         raise PromptsError(f"--num-prompts: expected at most {len(prompts)}, got {count}; the file has no more prompts")
-    spare = sorted(prompts[count:], key=lambda prompt: len(prompt.text))
+    spare = sorted(range(count, len(prompts)), key=lambda index: len(prompts[index].text))
     taken = min(warmup, len(spare))
-    chosen = [spare[(index * len(spare)) // taken] for index in range(taken)]
+    chosen = [prompts[at] for at in sorted(spare[(index * len(spare)) // taken] for index in range(taken))]
     synthetic = [
         Prompt(id=f"warm-up-{index}", text=SYNTHETIC_LINE.format(index=index) * (2 + 4 * (index % SYNTHETIC_LENGTHS)))
         for index in range(warmup - taken)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from msgspec import UNSET
 
 from laguna_serve.bench.arms.arms import ARMS
-from laguna_serve.bench.harness.prompts import describe_load, describe_waves
+from laguna_serve.bench.harness.prompts import describe_load, describe_rounds
 from laguna_serve.bench.harness.result import AbResult, ArmResult, Parity
 from laguna_serve.bench.stats.intervals import Spread
 from laguna_serve.bench.stats.parity import Verdict
@@ -66,7 +66,7 @@ def _title(result: AbResult) -> str:
     work = result.workload
     partial = " · PARTIAL: the run ended early" if result.partial else ""
     load = describe_load(work.prompts, work.max_tokens, work.own_lengths)
-    return f"A/B: {load}, concurrency {work.concurrency}{describe_waves(work.waves)}{partial}"
+    return f"A/B: {load}, concurrency {work.concurrency}{describe_rounds(work.waves, work.num_warmups)}{partial}"
 
 
 def _describe_setting(result: AbResult) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ class Workload(Struct, frozen=True, kw_only=True):
 
     `chat_prompts`: how many went through the model's chat template; `own_lengths`: how many asked for answers shorter
     than `max_tokens`; `waves`: a round is so many times `concurrency` prompts, the next sent as one ends; without it
-    those of a round were sent together.
+    those of a round were sent together; `num_warmups`: untimed prompts, where they were asked for.
     """
 
     prompts_file: str
@@ -35,6 +35,7 @@ class Workload(Struct, frozen=True, kw_only=True):
     chat_prompts: int = 0
     own_lengths: int = 0
     waves: int | UnsetType = UNSET
+    num_warmups: int | UnsetType = UNSET
 
     @property
     def unit(self) -> str:

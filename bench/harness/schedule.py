@@ -17,11 +17,23 @@ from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.flags import Flag
 
+# Of untimed prompts, where it is not said.
+LEAST_WARMUPS = 4
 Waves = Annotated[
     int,
     Flag(
         "prompts of a round in units of --concurrency: in one wave all are sent together and the longest ends alone; "
         "in more the next is sent as one ends, as under a steady load (default: 1)",
+        metavar="N",
+        at_least=1,
+    ),
+]
+NumWarmups = Annotated[
+    int | None,
+    Flag(
+        "untimed prompts before the timed ones, for each engine and load, from those behind the first --num-prompts: "
+        "with many, an engine that learns as it serves is measured as one that has learned (default: --concurrency, "
+        f"{LEAST_WARMUPS} at least)",
         metavar="N",
         at_least=1,
     ),
@@ -49,6 +61,12 @@ class Plan:
     waves: int = 1
 
     @property
+    def num_warmups(self) -> int | None:
+        """How many untimed prompts there are, where they are not as many as without being asked for."""
+        count = sum(map(len, self.warmup))
+        return None if count == count_warmups(None, self.concurrency) else count
+
+    @property
     def prompts(self) -> list[Prompt]:
         """The timed prompts in order."""
         return [prompt for prompts in self.rounds for prompt in prompts]
@@ -71,7 +89,7 @@ def make_plan(
     return Plan(
         rounds=rounds,
         orders=_draw_orders(len(rounds), seed),
-        warmup=_cut(warmup, concurrency),
+        warmup=_cut(warmup, waves * concurrency),
         control=() if temperature else rounds[: -(-control // (waves * concurrency))],
         max_tokens=max_tokens,
         concurrency=concurrency,
@@ -80,6 +98,11 @@ def make_plan(
         temperature=temperature,
         waves=waves,
     )
+
+
+def count_warmups(asked: int | None, concurrency: int) -> int:
+    """Count the untimed prompts: so many as are asked for, or as are under way at once."""
+    return max(LEAST_WARMUPS, concurrency) if asked is None else asked
 
 
 def _cut(prompts: Sequence[Prompt], size: int) -> tuple[Round, ...]:

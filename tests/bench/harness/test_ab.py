@@ -72,6 +72,17 @@ def test_warm_up_prompts_are_not_timed_and_arms_take_turns(prompts_file: Path, t
     assert sorted(item["first"] for item in whole["speedup"]["per_round"]) == ["baseline"] * 5 + ["candidate"] * 5
 
 
+def test_as_many_warm_up_prompts_as_asked_for_and_the_page_says_so(prompts_file: Path, tmp_path: Path) -> None:
+    with MockEngine() as ours, MockEngine() as theirs:
+        urls = ["--baseline-url", ours.url, "--candidate-url", theirs.url]
+        flags = [*common_flags(prompts_file, tmp_path), "--control", "0", "--num-warmups", "9"]
+        assert ab.main([*urls, *flags]) == 0
+    assert set(ours.seen[:9]).isdisjoint(TIMED)
+    assert ours.seen[9:] == TIMED == theirs.seen[9:]
+    assert json.loads((tmp_path / "out" / "ab.json").read_text())["workload"]["num_warmups"] == 9
+    assert "concurrency 1, after 9 untimed ones" in (tmp_path / "out" / "ab.md").read_text()
+
+
 def test_in_waves_the_next_prompt_is_sent_as_one_ends(prompts_file: Path, tmp_path: Path) -> None:
     """Ten prompts in rounds of six and four, two under way: the engine answers no first one before a second came."""
     with MockEngine(Settings(together=2)) as ours, MockEngine() as theirs:

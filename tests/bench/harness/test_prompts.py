@@ -148,6 +148,8 @@ def test_warm_up_comes_from_what_is_not_timed_with_lengths_spread() -> None:
     timed, warmup = split_prompts(prompts, 8, 4)
     assert timed == prompts[:8]
     assert [len(prompt.text) for prompt in warmup] == [9, 12, 15, 18]
+    _, warmup = split_prompts(prompts[::-1], 8, 4)
+    assert [len(prompt.text) for prompt in warmup] == [10, 7, 4, 1], "in the file's order"
 
 
 def test_warm_up_is_filled_up_with_synthetic_prompts() -> None:
