@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import re
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 from warm import start_engines_warm
+from warm.client import Warm, share
 
 from laguna_serve.serving.engine import Engine, EngineConfig
 
@@ -31,6 +34,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return NOT_FAST.search(collection_path.read_text(encoding="utf-8")) is not None or None
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Let the workers fork their engines from one process, which imports vLLM while they collect."""
+    if node.config.option.markexpr != "fast":
+        node.workerinput["warm"] = share()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Find that process."""
+    Warm.address = getattr(config, "workerinput", {}).get("warm")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """A million objects are made while torch, vLLM and the tests are imported, none of them garbage: not searched."""
@@ -42,21 +57,30 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_unconfigure() -> None:
-    """Have the interpreter find all objects when it ends: nanobind reports those that it does not."""
+    """Have the interpreter find all objects when it ends: nanobind reports those that it does not.
+
+    After pytest's own five searches.
+    """
     gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is neither slow nor in need of vLLM or a GPU, before -m chooses; files that take long come first."""
-    longest: dict[Path, int] = {}
+    """Mark what is neither slow nor in need of vLLM or a GPU, before -m chooses; files that take long come first.
+
+    Of files of one rank those with the most such tests do: a file runs on one worker, and none should be left alone
+    with a long one at the end.
+    """
+    ranks: dict[Path, Counter[int]] = {}
     for item in items:
         rank = next((rank for rank, name in enumerate(RANKS) if item.get_closest_marker(name)), len(RANKS))
         if rank == len(RANKS):
             item.add_marker("fast")
-        longest[item.path] = min(rank, longest.get(item.path, rank))
-    items.sort(key=lambda item: longest[item.path])
+        ranks.setdefault(item.path, Counter())[rank] += 1
+    order = {path: (min(counts), -counts[min(counts)]) for path, counts in ranks.items()}
+    items.sort(key=lambda item: order[item.path])
 
 
 @pytest.hookimpl(tryfirst=True)

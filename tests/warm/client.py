@@ -1,4 +1,4 @@
-"""Asks the warm process of this test run, which starts at the first question."""
+"""Asks the warm processes of this test run: one of each environment, which starts at the first question."""
 
 from __future__ import annotations
 
@@ -18,6 +18,27 @@ from pathlib import Path
 from typing import IO, Any
 
 SERVER = Path(__file__).with_name("server.py")
+ROOT = SERVER.parents[2]
+# What the process of an environment imports before it forks, by the environment's folder.
+MODULES = {
+    ".venv": (
+        "vllm.entrypoints.llm",
+        "vllm.entrypoints.openai.api_server",
+        "vllm.v1.engine.core",
+        "vllm.v1.worker.cpu_worker",
+        "vllm.v1.executor.uniproc_executor",
+        "vllm.v1.core.sched.scheduler",
+        "vllm.v1.attention.backends.cpu_attn",
+        "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+        "vllm.model_executor.models.laguna",
+        "vllm.model_executor.models.qwen3_dflash",
+        "transformers.models.laguna.configuration_laguna",
+        "supervisor",
+    ),
+    ".venv-train": ("transformers.models.smollm3.modeling_smollm3", "trl.trainer.sft_trainer"),
+}
+# Until a process has imported all that, on a busy machine.
+READY_S = 240.0
 
 
 class WarmProcess:
@@ -59,35 +80,46 @@ class WarmProcess:
         self.send_signal(signal.SIGKILL)
 
 
+@functools.cache
+def launch(venv: str) -> subprocess.Popen[bytes]:
+    """Start the process of an environment, which ends with this one; it imports before it answers."""
+    # Offline before anything is imported: huggingface_hub reads it once.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
+    environment.pop("PYTHONPATH", None)
+    python = sys.executable if venv == ".venv" else str(ROOT / venv / "bin" / "python")
+    command = [python, str(SERVER), *MODULES[venv]]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def share() -> str:
+    """Start the one that has imported vLLM for processes of this one's; where it will listen."""
+    return f"\0laguna-warm-{launch('.venv').pid}"
+
+
 class Warm:
-    """The process that has imported vLLM: it ends with the one that has started it, as its questions do.
+    """The process that has imported an environment's modules: it ends with the one that has started it.
 
     Engines are started and ended in threads, too: a question and its answer belong together.
 
     Attributes:
-        address: where the one listens that has forked this process; None: this process starts one of its own.
+        address: where the one listens that has vLLM, if another process has started it.
     """
 
     address: str | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, venv: str = ".venv") -> None:
         self.lock = threading.RLock()
         self._ids = itertools.count()
-        if self.address is not None:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(self.address)
-                self._questions: IO[bytes] = connection.makefile("wb")
-                self._answers: IO[bytes] = connection.makefile("rb")
+        self._questions: IO[bytes]
+        self._answers: IO[bytes]
+        if self.address is not None and venv == ".venv":
+            with connect(self.address) as connection:
+                self._questions, self._answers = connection.makefile("wb"), connection.makefile("rb")
             return
-        # Offline before anything is imported: huggingface_hub reads it once.
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
-        environment.pop("PYTHONPATH", None)
-        process = subprocess.Popen(
-            [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
+        process = launch(venv)
         assert process.stdin is not None
         assert process.stdout is not None
-        self.pid, self._questions, self._answers = process.pid, process.stdin, process.stdout
+        self._questions, self._answers = process.stdin, process.stdout
         self._process = process
         self._read()  # it is ready
 
@@ -139,15 +171,16 @@ def run_warm(
     timeout: float = 400,
     text: str = "",
     engines: bool = False,
+    venv: str = ".venv",
 ) -> subprocess.CompletedProcess[str]:
     """What `subprocess.run` gives for a program of Python's: a file, a module, or its code itself; `text` is its stdin.
 
-    It is ended with this call.  `engines`: those that it starts are warm, too.
+    It is ended with this call.  `engines`: those that it starts are warm, too; `venv`: whose Python runs it.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, output, error = (Path(folder, name) for name in ("input", "output", "error"))
         source.write_text(text)
-        process = warm().start(
+        process = warm(venv).start(
             str(target),
             *arguments,
             environment=environment,
@@ -164,12 +197,27 @@ def run_warm(
         return subprocess.CompletedProcess([str(target), *arguments], status, *texts)
 
 
-def start_warm(target: str | Path, *arguments: str, **named: Any) -> WarmProcess:
+def start_warm(target: str | Path, *arguments: str, venv: str = ".venv", **named: Any) -> WarmProcess:
     """What `subprocess.Popen` gives for a program of Python's; `named` as of Warm.start.  Its caller ends it."""
-    return warm().start(str(target), *arguments, **named)
+    return warm(venv).start(str(target), *arguments, **named)
 
 
 @functools.cache
-def warm() -> Warm:
+def warm(venv: str = ".venv") -> Warm:
     """The one of this process."""
-    return Warm()
+    return Warm(venv)
+
+
+def connect(address: str) -> socket.socket:
+    """A connection to where a process will listen."""
+    deadline = time.monotonic() + READY_S
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(address)
+        except ConnectionRefusedError:
+            connection.close()
+            assert time.monotonic() < deadline, "the process that imports vLLM does not listen; its stderr says why"
+            time.sleep(0.05)
+        else:
+            return connection

@@ -1,4 +1,4 @@
-"""The process that has imported vLLM: ``server.py`` reads a JSON object a line and answers with one.
+"""The process that has imported what others need: ``server.py MODULE…`` answers a JSON object a line with another.
 
 {"start": {target, arguments, environment, folder, input, output, error, engines}} → {"pid": …}: forked, and running.
 {"poll": pid} → {"status": exit status, minus the signal that ended it, or null while it runs}, as often as it is asked:
@@ -25,23 +25,6 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import setproctitle
-
-MODULES = (
-    "vllm.entrypoints.llm",
-    "vllm.entrypoints.openai.api_server",
-    "vllm.v1.engine.core",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.v1.executor.uniproc_executor",
-    "vllm.v1.core.sched.scheduler",
-    "vllm.v1.attention.backends.cpu_attn",
-    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
-    "vllm.model_executor.models.laguna",
-    "vllm.model_executor.models.qwen3_dflash",
-    "transformers.models.laguna.configuration_laguna",
-    "supervisor",
-)
-
 # The exit statuses of those that have been waited for: the system forgets them.
 ENDED: dict[int, int] = {}
 
@@ -50,13 +33,18 @@ def serve() -> dict[str, Any] | None:
     """Answer until the process that has started this one is gone; in a forked process, return what it is to run."""
     first = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    for name in MODULES:
+    gc.disable()
+    for name in sys.argv[1:]:
         importlib.import_module(name)
-    # It finds the memory of the arguments by that of the environment, which forks replace.
-    setproctitle.getproctitle()
+    with contextlib.suppress(ImportError):  # not in every environment
+        import setproctitle
+
+        # It finds the memory of the arguments by that of the environment, which forks replace.
+        setproctitle.getproctitle()
     # What is there now is nobody's garbage: the engines' own collections need not look through it.
     gc.collect()
     gc.freeze()
+    gc.enable()
     # vLLM thaws all that when an engine ends, and searches it: a copy of every page, four seconds of a busy processor.
     gc.unfreeze = lambda: None
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as ready:

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import SmolLM3ForCausalLM
+from warm import run_warm, start_warm
 
 from laguna_serve.scripts.dante import ablate, train
 from laguna_serve.scripts.dante.options import DanteConfig, DanteResult
@@ -72,16 +73,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, name: str, *more: str) -> list[str]:
     base = [str(folder / "base"), "--cache", str(folder / "cache.jsonl"), "--out", str(folder / name)]
-    return ["scripts/dante/train.py", *base, *FLAGS, *more]
+    return [str(ROOT / "scripts" / "dante" / "train.py"), *base, *FLAGS, *more]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return run_warm(*arguments, timeout=PATIENCE_S, venv=TRAINER.parent.name)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path) -> DanteResult:
-    done = run(str(TRAINER / "python"), *command(folder, "whole"))
+    done = run(command(folder, "whole"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["log"] == STEPS
     assert not (folder / "whole.work").exists()
@@ -113,7 +114,7 @@ def test_a_model_that_is_nowhere_is_named_at_once(
 @needs_trainer
 @pytest.mark.slow
 def test_what_was_refused_leaves_nothing_that_the_next_command_trips_over(folder: Path) -> None:
-    done = run(str(TRAINER / "python"), *command(folder, "refused", "--batch", "128"))
+    done = run(command(folder, "refused", "--batch", "128"))
     assert (done.returncode, "--batch: expected at most the 22 rows" in done.stderr) == (2, True), done.stderr[-2000:]
     assert not (folder / "refused.work").exists()
 
@@ -127,8 +128,8 @@ def test_a_loss_that_is_not_finite_ends_the_training(folder: Path) -> None:
         model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
     shutil.copytree(folder / "base", folder / "odd")
     model.save_pretrained(folder / "odd")
-    _, *flags = command(folder, "unfinite")
-    done = run(str(TRAINER / "python"), "scripts/dante/train.py", str(folder / "odd"), *flags[1:])
+    program, _, *flags = command(folder, "unfinite")
+    done = run([program, str(folder / "odd"), *flags])
     assert done.returncode == 2
     assert "training: expected a finite loss, got nan in step 1 of 12; lower --lr" in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
@@ -176,17 +177,16 @@ def test_student_has_a_card_and_curves(folder: Path, uninterrupted: DanteResult)
 @pytest.mark.slow
 def test_interrupted_and_continued_is_uninterrupted(folder: Path, uninterrupted: DanteResult) -> None:
     """The signal comes when the first state is saved; the loss curve and the weights are the same to the last bit."""
-    arguments = [str(TRAINER / "python"), *command(folder, "again", "--save-every", "1")]
+    arguments, said = command(folder, "again", "--save-every", "1"), folder / "again.said"
     work = folder / "again.work"
-    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + PATIENCE_S
-        while not list(work.glob("checkpoint-*")) and time.monotonic() < end:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130, said[-2000:]
-    assert "the same command continues" in said
-    done = run(*arguments)
+    process = start_warm(*arguments, error=said, venv=TRAINER.parent.name)
+    end = time.monotonic() + PATIENCE_S
+    while not list(work.glob("checkpoint-*")) and time.monotonic() < end:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_S) == 130, said.read_text()[-2000:]
+    assert "the same command continues" in said.read_text()
+    done = run(arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     result = read_result(folder / "again" / "training.json", DanteResult)
     assert [step.loss for step in result.log] == [step.loss for step in uninterrupted.log]
@@ -210,7 +210,8 @@ def test_two_processes_have_the_loss_curve_of_one(
     launch = [str(TRAINER / "accelerate"), "launch", *flags, "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     name = f"two-{len(flags)}"
-    done = run(*launch, *program, *command(folder, name, "--micro-batch", "1"))
+    arguments = [*launch, *program, *command(folder, name, "--micro-batch", "1")]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result = read_result(folder / name / "training.json", DanteResult)
     assert result.processes == 2

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gateway_fakes import Gateway, Upstream, gateway
 from trl_engine import TrlEngine
+from warm import run_warm
 
 from laguna_serve.serving.engine import Engine
 from laguna_serve.serving.gateway.traces.store import TraceFile
@@ -35,8 +35,8 @@ def call(url: str, *calls: tuple[str, dict[str, Any]], train: Path | None = None
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [str(PYTHON), str(PROBE), url, json.dumps(calls), *([] if train is None else [str(train)])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    arguments = [url, json.dumps(calls), *([] if train is None else [str(train)])]
+    done = run_warm(PROBE, *arguments, environment=env, timeout=300, venv=PYTHON.parents[1].name)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return [answer.get("value", answer) for answer in answers]
