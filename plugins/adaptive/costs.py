@@ -33,6 +33,8 @@ READ_AGAIN = 16
 # Measurements of a number of requests after which a cell of it that was in none of them is forgotten, and how often
 # that is looked for: what it says may be of a busy hour, and keeps what would correct it from being tried.
 STALE, LOOKED_EVERY = 256, 32
+# Measurements of a table after which a cell that was in none of them says nothing of other numbers of requests.
+OLD = 2048
 # Numbers of requests that share a cell: exact up to this, then within a fifth.
 EXACT_REQUESTS, BUCKETS_PER_DOUBLING = 8, 4
 # Cells so near say what a step of plain decoding takes: two requests more or less, or a factor of 1.4.
@@ -56,11 +58,13 @@ class Pace:
 class Cell:
     """The logarithm of a time at pace 1, from measurements of it."""
 
-    __slots__ = ("count", "last", "seen", "value")
+    __slots__ = ("at", "count", "last", "seen", "value")
 
     def __init__(self, known: list[float]) -> None:
         """Begin with what is `known` from its neighbours as if it had been measured: one wild step is not believed."""
-        self.last, self.count, self.value, self.seen = known, 0, 0.0, 0
+        self.last, self.count, self.value = known, 0, 0.0
+        # When it was last measured, in measurements of its number of requests and of the table.
+        self.seen = self.at = 0
 
     def observe(self, steady: float, pace: Pace) -> None:
         """Take in the logarithm of a time at pace 1."""
@@ -86,6 +90,7 @@ class CostTable:
         self._curves: dict[int, list[float]] = {}
         self._unread = 0
         self._measured: dict[int, int] = {}
+        self._total = 0
 
     def observe(self, requests: int, level: int, seconds: float, tokens: int = 0) -> None:
         """Take in a measured time of a step that also read so many prompt tokens; requests 0: it did nothing else."""
@@ -110,6 +115,8 @@ class CostTable:
 
     def _forget_stale(self, bucket: int, measured: Cell) -> None:
         """Count a measurement of a bucket's cell, and forget those that have had none for long."""
+        self._total += 1
+        measured.at = self._total
         now = measured.seen = self._measured[bucket] = self._measured.get(bucket, 0) + 1
         if now % LOOKED_EVERY:
             return
@@ -117,6 +124,10 @@ class CostTable:
         for level in [level for level, cell in cells.items() if now - cell.seen > STALE]:
             del cells[level]
             self._curves.clear()
+
+    def _find_young(self, bucket: int) -> dict[int, Cell]:
+        """Find the cells of a number of requests that were measured of late."""
+        return {level: cell for level, cell in self._cells[bucket].items() if self._total - cell.at <= OLD}
 
     def _leave(self, steady: float, tokens: int, expected: float) -> float:
         """Return what prompts leave of a time, the nearer to what is expected the less it is; 0 if that is nothing."""
@@ -137,7 +148,8 @@ class CostTable:
             curve = list(self._prior)
             # From the farthest number of requests to this one, each correcting what those before it say.
             for other in sorted(self._cells, key=lambda other: -abs(other - bucket))[-3:]:
-                curve = _correct(curve, self._cells[other])
+                cells = self._cells[other] if other == bucket else self._find_young(other)
+                curve = _correct(curve, cells) if cells else curve
             curve = self._curves[bucket] = [curve[0], *accumulate(curve[1:], max)]
         return curve
 
