@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from laguna_serve.plugins.adaptive.acceptance import Acceptance, OwnAcceptance
-from laguna_serve.plugins.adaptive.costs import FEW, FIRST, Measured, StepCosts, find_bucket
-from laguna_serve.plugins.adaptive.prospect import PLAIN, Decision, Held, Prospect
-from laguna_serve.plugins.adaptive.rows import count_rows
+from laguna_serve.plugins.adaptive.costs import FIRST, Measured, StepCosts, find_bucket
+from laguna_serve.plugins.adaptive.prospect import PLAIN, Decision, Prospect
+from laguna_serve.plugins.adaptive.rows import round_rows
 
 # Of all time, for steps that are expected to lose; in the beginning more: this many steps' time divided by the steps
 # so far, and no more than that.
@@ -42,8 +42,8 @@ LEAST_BETWEEN, EACH_BETWEEN, MOST_BETWEEN = 8, 4, 64
 MOST_EXPLORED = 8
 # First steps of so many requests at most, which draft.
 WARM, WARM_REQUESTS = 10, 2
-# Steps that a decision holds for, for none and for drafts.
-PLAIN_RUN, DRAFT_RUN = 16, 4
+# Steps without drafts that follow a decision for none, as long as the requests stay the same.
+PLAIN_RUN = 16
 # What the purse may hold, in steps' worth of loss.
 MOST_SAVED = 4.0
 # Requests that have ended after which one weighs a third.
@@ -70,7 +70,8 @@ class Policy:
     _purse: float = 0.0
     _full_at: int = 0
     _plain_at: int = 0
-    _held: Held | None = None
+    # Of the last decision: requests, steps for which it holds, expected seconds.
+    _held: tuple[tuple[str, ...], int, float] = ((), 0, 0.0)
     # Least chance that a row is worth.
     _least: float = LEAST_CHANCE
     # Of requests that have ended: tokens of their prompts and of their answers.
@@ -104,8 +105,8 @@ class Policy:
                 by_kind.setdefault(id(own.shared), (own.shared, []))[1].append((drafted, accepted))
         for shared, counts in by_kind.values():
             shared.observe(counts, self._step)
-        if by_kind and self._held is not None and not self._held.width:
-            self._held = None
+        if by_kind:
+            self._held = ((), 0, 0.0)
 
     def observe_step(self, step: Measured) -> None:
         """Learn what a step took."""
@@ -118,28 +119,17 @@ class Policy:
         request has a use for before its end.
         """
         self._step += 1
-        if self._held is not None and self._held.covers(requests):
-            decision = self._repeat(self._held, requests, room)
-            if decision is not None:
-                return decision
+        held, left, seconds = self._held
+        if left and held == tuple(requests):
+            self._held = (held, left - 1, seconds)
+            self._purse += self._share * seconds
+            self._plain_at = self._step
+            return PLAIN
         if not requests or self._begins(len(requests)):
             self._plain_at = self._step
             return PLAIN
         decision = self._warm_up(requests, room)
         return self._weigh(self._look(requests, waiting_s, room)) if decision is None else decision
-
-    def _repeat(self, held: Held, requests: Sequence[str], room: Sequence[int] | None) -> Decision | None:
-        """Take the width of a decision that holds, for each request as far as it has a use for it."""
-        decision = PLAIN
-        if held.width:
-            counts = count_rows(self._find_survivals(requests, room), held.width, held.least)
-            if not any(counts):
-                return None
-            decision = Decision(held.width, counts)
-        held.left -= 1
-        self._purse += self._share * held.seconds
-        self._note(requests, decision)
-        return decision
 
     def _warm_up(self, requests: Sequence[str], room: Sequence[int] | None) -> Decision | None:
         """Take the full width in an engine's first steps of few requests: what cold ones take says little."""
@@ -190,17 +180,20 @@ class Policy:
         least = self._least
         best, rate, seconds = self._find_best(prospect, least)
         if self.width > 1:
-            # The least there is: a width that seems dear, perhaps for no reason, makes no row of a lesser one dearer.
-            slope = min((verify[width] - verify[1]) / (width - 1) for width in range(2, self.width + 1)) / count
+            # Not by the widest: one that seems dear, perhaps for no reason, would make rows of all others dear.
+            slopes = [(verify[width] - verify[1]) / (width - 1) for width in range(2, self.width + 1)]
+            slope = (slopes[best - 2] if best > 1 else sorted(slopes)[len(slopes) // 3]) / count
             self._least = max(LEAST_CHANCE, rate * slope / max(0.1, 1 - rate * prospect.context_s))
         most = MOST_SAVED * (verify[-1] + prospect.draft[-1]) + prospect.waiting_s
         self._purse = min(self._purse + self._share * seconds, most)
         decision = self._explore(prospect, best, rate)
-        if decision is None:
-            decision = Decision(best, count_rows(prospect.survivals, best, least)) if best else PLAIN
-            known = not best or self.costs.draft.count(count, best) >= FEW
-            run = (DRAFT_RUN if best else PLAIN_RUN) - 1 if known else 0
-            self._held = Held(frozenset(prospect.requests), best, least, seconds, run)
+        if decision is None and best:
+            alike = {id(each): each for each in prospect.survivals}
+            counts = {key: sum(chance >= least for chance in each[:best]) for key, each in alike.items()}
+            decision = Decision(best, round_rows([counts[id(each)] for each in prospect.survivals]))
+        elif decision is None:
+            decision = PLAIN
+            self._held = (tuple(prospect.requests), PLAIN_RUN - 1, verify[0])
         self._note(prospect.requests, decision)
         return decision
 

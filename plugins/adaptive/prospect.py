@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from laguna_serve.plugins.adaptive.costs import find_bucket, read
-
-# A decision holds as long as this share of the requests stays the same, at least.
-SAME = 0.75
+from laguna_serve.plugins.adaptive.costs import read
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +22,6 @@ class Decision:
 
 
 PLAIN = Decision(0, ())
-
-
-@dataclass(slots=True)
-class Held:
-    """A decision that holds for more steps: whom it was made for, its width, least chance, and expected seconds."""
-
-    requests: frozenset[str]
-    width: int
-    least: float
-    seconds: float
-    left: int
-
-    def covers(self, requests: Sequence[str]) -> bool:
-        """Whether it holds for a step of these requests, most of which it was made for."""
-        if not self.left or find_bucket(len(requests)) != find_bucket(len(self.requests)):
-            return False
-        return sum(map(self.requests.__contains__, requests)) >= SAME * len(requests)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,3 @@ def round_rows(counts: Sequence[int]) -> tuple[int, ...]:
     for index in sorted(range(len(counts)), key=lambda index: -counts[index])[:surplus]:
         rounded[index] = max(0, rounded[index] - 1)
     return tuple(rounded if any(rounded) else counts)
-
-
-def count_rows(survivals: Sequence[Sequence[float]], width: int, least: float) -> tuple[int, ...]:
-    """Count each request's drafts of a pass so wide that have a chance of at least `least`."""
-    alike = {id(each): each for each in survivals}
-    counts = {key: sum(chance >= least for chance in each[:width]) for key, each in alike.items()}
-    return round_rows([counts[id(each)] for each in survivals])

@@ -162,24 +162,6 @@ def test_one_dear_width_makes_no_lesser_one_dear() -> None:
     assert sum(3 <= width <= 4 for width in simulation.widths[600:]) > 0.7 * 600
 
 
-def test_decisions_for_drafts_hold_for_a_few_steps_of_nearly_the_same_requests() -> None:
-    policy = Policy(WIDTH)
-    Simulation(lambda _step, _number: GREEDY, 8, length=100_000).run(1500, policy)
-    looked: list[int] = []
-    weigh = Policy._weigh
-    names = [str(number) for number in range(8)]
-    policy.add("new", 0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Policy, "_weigh", lambda own, prospect: (looked.append(1), weigh(own, prospect))[1])
-        decisions = [policy.decide(names if step % 2 else ["new", *names[1:]]) for step in range(40)]
-        assert 8 <= len(looked) <= 16
-        assert sum(decision.width > 0 for decision in decisions) > 30
-        assert policy.decide(names[:4]) == PLAIN, "half as many there never were"
-        room = [0, 1, *[7] * 6]
-        counts = [decision.counts for _ in range(8) if (decision := policy.decide(names, room=room)).width]
-        assert all(each[0] == 0 and each[1] <= 1 for each in counts)
-
-
 def test_it_stops_when_acceptance_falls_and_comes_back_when_it_rises() -> None:
     def chances(step: int, _number: int) -> list[float]:
         return GREEDY if 2000 <= step < 4000 else SAMPLED
