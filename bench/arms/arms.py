@@ -15,6 +15,7 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
 from laguna_serve.serving.engine.figures import EngineFigures, read_figures
+from laguna_serve.serving.kit.environment import count_as_own
 from laguna_serve.serving.machine.device import find_device, find_vllm
 from laguna_serve.serving.machine.memory import EngineMemory, process_memory
 from laguna_serve.serving.planning.launch import check_launches, find_longest
@@ -103,6 +104,7 @@ def open_arm(spec: ArmSpec, out: Path, announce: Callable[[str], None]) -> Itera
     """
     if spec.config is None:
         assert spec.url is not None
+        count_as_own(spec.url)
         yield Arm(spec, find_root(spec.url), spec.model_name)
         return
     announce(f"starting the {spec.name}: {spec.label}")

@@ -21,9 +21,9 @@ from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.cache import find_own_cache
+from laguna_serve.serving.machine.local_http import LOOPBACK
 from laguna_serve.serving.planning.diffusion.plan import format_diffusion, plan_diffusion
 from laguna_serve.serving.planning.engine_config import DEFAULT_HOST, DEFAULT_PORT
-from laguna_serve.serving.planning.inspection import LOOPBACK
 from laguna_serve.serving.planning.launch import plan_launch, require_device
 from laguna_serve.serving.planning.plan import EnginePlan, make_plan
 from laguna_serve.serving.planning.report import format_plan

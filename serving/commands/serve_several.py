@@ -11,7 +11,7 @@ from laguna_serve.serving.commands.gateway import GatewayResult
 from laguna_serve.serving.commands.model_options import ModelOptions
 from laguna_serve.serving.kit.cli import HELD
 from laguna_serve.serving.kit.results import JsonObject, to_json
-from laguna_serve.serving.planning.inspection import LOOPBACK
+from laguna_serve.serving.machine.local_http import LOOPBACK
 from laguna_serve.serving.service.api_keys import read_keys
 from laguna_serve.serving.service.several import SeveralSettings, make_several_config
 

@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from laguna_serve.serving.gateway import admin_usage
 from laguna_serve.serving.gateway.admin_models import hold, make_router
 from laguna_serve.serving.gateway.admin_trl import add_trl, read_basic
-from laguna_serve.serving.gateway.config.listening import LOOPBACK, Admin
+from laguna_serve.serving.gateway.config.listening import Admin
 from laguna_serve.serving.gateway.engines import digests
 from laguna_serve.serving.gateway.engines.update import PauseMode, UpdateRequest, Version
 from laguna_serve.serving.gateway.engines.weights import StepError, WeightGroup
@@ -36,6 +36,7 @@ from laguna_serve.serving.gateway.status import describe
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.machine.local_http import LOOPBACK
 
 # vLLM's routes, forwarded to every engine of a model: commands that leave its weights as they are, and queries.
 ENGINE_COMMANDS = ("init_weight_transfer_engine", "shutdown_weight_transfer_engine", "sleep", "wake_up")

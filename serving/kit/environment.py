@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,6 +21,7 @@ import psutil
 
 from laguna_serve.kernels.isa import multiplies_bf16
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm, read_cpu_name, read_isa
+from laguna_serve.serving.machine.local_http import LOOPBACK
 from laguna_serve.serving.machine.memory import GIB, total_bytes
 from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, list_rates
 
@@ -137,7 +139,7 @@ def current_argv() -> list[str]:
 
 
 class OtherLoad:
-    """Watches from its making on. What this process and its descendants use is its own."""
+    """Watches from its making on. What this process, its descendants and its servers use is its own."""
 
     def __init__(self) -> None:
         self._started_s, self._busy_s, self._own_s = time.monotonic(), read_busy_s(), read_own_s()
@@ -172,14 +174,41 @@ def read_busy_s() -> float:
 
 
 def read_own_s() -> float:
-    """Seconds that this process, what it waited for, and its living descendants have worked."""
-    own = os.times()
-    total = own.user + own.system + own.children_user + own.children_system
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            times = child.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
+    """Seconds that this process, what it waited for, its living descendants and its servers have worked."""
+    return read_tree_s(os.getpid()) + sum(max(0.0, read_tree_s(pid) - before) for pid, before in SERVERS.items())
+
+
+def read_tree_s(pid: int) -> float:
+    """Seconds that a process, what it waited for, and its living descendants have worked; 0 of one that is gone."""
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                times = one.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
     return total
+
+
+# Servers that are asked by URL: their processes, and the seconds that each had worked before.
+SERVERS: dict[int, float] = {}
+
+
+def count_as_own(url: str) -> None:
+    """Count what a server of this machine works from now on as this command's own: it is what is measured.
+
+    One elsewhere is passed over, and so is another user's, whose processes the system does not tell.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.hostname not in LOOPBACK:
+        return
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    known = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
+            if listens and connection.pid is not None and connection.pid not in known:
+                SERVERS.setdefault(connection.pid, read_tree_s(connection.pid))
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 
 OK = http.client.OK
+# What this machine calls itself.
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def ask_engine(

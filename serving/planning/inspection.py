@@ -28,6 +28,7 @@ from laguna_serve.serving.checkpoint.parameters import estimate_drafter_bytes, e
 from laguna_serve.serving.checkpoint.weight_files import measure_weights
 from laguna_serve.serving.kit.files import load_array
 from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
+from laguna_serve.serving.machine.local_http import LOOPBACK
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.support import check_use, describe_kind
 from laguna_serve.serving.speculation.adaptive import DATA_PARALLEL, find_several
@@ -38,8 +39,6 @@ from laguna_serve.serving.speculation.drafting import (
     open_drafter,
     resolve_gamma,
 )
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True)

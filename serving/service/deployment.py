@@ -18,11 +18,11 @@ import msgspec
 from cryptography import x509
 
 from laguna_serve.serving.gateway.config import Config, ConfigError, load_config
-from laguna_serve.serving.gateway.config.listening import LOOPBACK
 from laguna_serve.serving.gateway.config.tables import Upstream
 from laguna_serve.serving.gateway.relay.open_files import count_slots, find_reserve
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.tables import Table
+from laguna_serve.serving.machine.local_http import LOOPBACK
 from laguna_serve.serving.machine.open_files import find_hard_limit
 
 EXPIRES_SOON_S = 14 * 86400

@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from laguna_serve.serving.gateway.config import endpoint
 from laguna_serve.serving.gateway.config.base import ConfigTable
 from laguna_serve.serving.gateway.config.values import Digest, Host, ModelName, Network, Origin, Port, Seconds, UrlPath
+from laguna_serve.serving.machine.local_http import LOOPBACK
 
 MIB = 1 << 20
 MAX_WORKERS = 64
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Server(ConfigTable):

@@ -112,6 +112,44 @@ def test_own_children_are_not_others() -> None:
     assert environment.read_own_s() - before >= 0.28
 
 
+# Listens in a process that nobody here is the parent of, works 0.3 s for each connection, and ends after the third.
+SERVER = """
+import os, socket, time
+listener = socket.create_server(("127.0.0.1", 0))
+if os.fork():
+    print(listener.getsockname()[1], flush=True)
+    os._exit(0)
+os.closerange(1, 3)
+listener.settimeout(60)
+for _ in range(3):
+    connection, _ = listener.accept()
+    end = time.process_time() + 0.3
+    while time.process_time() < end: pass
+    connection.close()
+"""
+
+
+@pytest.mark.slow
+def test_servers_that_are_asked_by_url_are_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "SERVERS", {})
+    made = subprocess.run([sys.executable, "-c", SERVER], capture_output=True, text=True, check=True)
+    port = int(made.stdout)
+
+    def work() -> None:
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            assert connection.recv(1) == b""
+
+    work()
+    environment.count_as_own(f"http://another.host:{port}/v1")
+    assert environment.SERVERS == {}
+    environment.count_as_own(f"http://127.0.0.1:{port}/v1")
+    assert len(environment.SERVERS) == 1
+    before = environment.read_own_s()
+    work()
+    assert 0.28 <= environment.read_own_s() - before < 0.58, "what it had worked before is not this command's"
+    work()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_interrupts_though_the_shell_had_it_ignored(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
