@@ -121,9 +121,11 @@ async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, e
     asked = not was_up or pool.updated or engine.versions != UNVERSIONED
     if asked and not await _check_version(session, pool, engine, was_up=was_up):
         return
+    # Before it counts as well: one that is paused would be given requests in between.
+    is_paused = not was_up and await _is_paused(session, engine)
     engine.note_well()
     if not was_up:
-        if await _is_paused(session, engine) and not pool.paused:
+        if is_paused and not pool.paused:
             engine.fence(LEFT_PAUSED)
         elif engine.fenced == LEFT_PAUSED:
             engine.unfence()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
+from gateway_engine import RlEngine
 from gateway_fakes import Exchange, Gateway, Upstream, gateway, make_request, read_reply, wait_until
 
 from laguna_serve.serving.gateway.config import parse_config
@@ -249,3 +250,18 @@ def test_changes_of_an_engine_are_one_line_each(caplog: pytest.LogCaptureFixture
         ("WARNING", "engine a fenced off: weights"),
         ("INFO", "engine a no longer fenced off"),
     ]
+
+
+def test_an_engine_that_may_be_paused_is_given_nothing_until_that_is_known() -> None:
+    """It was given requests between its health check and its answer to that, and kept them."""
+    with RlEngine() as paused, RlEngine() as other:
+
+        async def answer_late(exchange: Exchange) -> None:
+            await asyncio.sleep(0.4)
+            await exchange.answer(b'{"is_paused": true}')
+
+        paused.handlers["/is_paused"] = answer_late
+        with gateway(paused, other) as front:
+            replies = [front.ask(PATH, BODY) for _ in range(4)]
+            assert [reply.header("x-upstream") for reply in replies] == ["b"] * 4
+            assert front.relay.pools["m"].engines[0].fenced is not None
