@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.compilation import caching
 
+from laguna_serve.plugins import compiled_kernels
 from laguna_serve.plugins.cpu_linear import takes_over
 
 stock_load = torch.compiler.load_compiled_function
@@ -65,3 +66,4 @@ def apply() -> None:
     CPUDNNLGEMMHandler.__del__ = release
     torch.compiler.load_compiled_function = load
     caching.aot_compile_hash_factors = list_factors
+    compiled_kernels.apply()

@@ -1,4 +1,4 @@
-"""The API server is vLLM's own, its core is forked if that is safe, and groups of one share a device."""
+"""The API server is vLLM's own, asks classes itself, its core is forked if that is safe, and groups of one share."""
 
 from __future__ import annotations
 
@@ -33,6 +33,24 @@ def test_core_is_forked_only_before_threads_of_openmp(threads: str, answer: str)
     done = run_warm(CODE, threads, environment=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == answer
+
+
+CLASSES = """
+import os, sys
+from laguna_serve.plugins.register import register
+from vllm.model_executor.models import registry
+if "ours" in sys.argv:
+    register()
+print(os.getpid() == registry._run_in_subprocess(os.getpid))
+"""
+
+
+@pytest.mark.parametrize(("kind", "here"), [("stock", "False"), ("ours", "True")])
+def test_stock_asks_classes_in_another_interpreter(kind: str, here: str) -> None:
+    """When the first one fails, vLLM asks in the process: retire plugins/processes/inspection.py."""
+    done = run_warm(CLASSES, kind, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == here
 
 
 SERVER = """
