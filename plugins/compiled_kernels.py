@@ -40,25 +40,24 @@ NAMED_BY_CONTENT = re.compile(r"c[a-z2-7]{51}(\.main)?\.so")
 def apply() -> None:
     """Have Inductor keep what it compiles, look there first, and compile beside itself; a second call does nothing."""
     try:
-        from torch._inductor import config
-        from torch._inductor.async_compile import AsyncCompile
-        from torch._inductor.cpp_builder import CppBuilder
+        from torch._inductor import async_compile, config, cpp_builder
 
-        stock = CppBuilder.build
-        if hasattr(stock, "__wrapped__"):
-            return
-        AsyncCompile.pool  # noqa: B018
+        builder: Any = cpp_builder.CppBuilder
+        compilers: Any = async_compile.AsyncCompile
+        stock, _ = builder.build, compilers.pool
     except (ImportError, AttributeError) as error:
         logger.warning(
             "kernels: expected the modules of torch 2.13, got %s; each configuration compiles its own", error
         )
         return
-    CppBuilder.build = wrap_build(stock)
+    if hasattr(stock, "__wrapped__"):
+        return
+    builder.build = wrap_build(stock)
     cores = allowed_cores()
     if len(cores) > 1:
         threads = min(len(cores), MOST_COMPILERS)
         pool = ThreadPoolExecutor(threads, "compile", initializer=os.sched_setaffinity, initargs=(0, cores))
-        AsyncCompile.pool = staticmethod(lambda: pool)
+        compilers.pool = staticmethod(lambda: pool)
         config.compile_threads = threads
 
 

@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +21,11 @@ import msgspec
 
 from laguna_serve.kernels.isa import multiplies_bf16
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
-from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
+from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, read_model_flags
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.environment import EnvironmentDevice, describe_device
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.flags import Flag, read_flags
+from laguna_serve.serving.kit.flags import Flag
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm
 from laguna_serve.serving.machine.memory import show_size
@@ -146,10 +146,9 @@ class DoctorConfig(ModelOptions):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check and print it; the exit status says how it went."""
-    given, extra_args = split_extra_args(argv)
-    config = read_flags(DoctorConfig, given, prog="laguna doctor", description=DESCRIPTION, epilog=EPILOG)
+    config = read_model_flags(DoctorConfig, argv, prog="laguna doctor", description=DESCRIPTION, epilog=EPILOG)
     if config.model is not None:
-        plan = plan_model(replace(config, extra_args=extra_args))
+        plan = plan_model(config)
         if isinstance(plan, DiffusionPlanResult):
             _print(format_diffusion(plan), plan, config)
             return HELD if plan.ok else FELL_SHORT

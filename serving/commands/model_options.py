@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, TypeVar
 
 from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import EngineConfig
-from laguna_serve.serving.kit.flags import Flag, check_bounds
+from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, parse_gamma_or_adaptive
 from laguna_serve.serving.speculation.gamma_store import find_advice
 
+Options = TypeVar("Options", bound="ModelOptions")
 AUTO: Literal["auto"] = "auto"
+# Where flags belong that a command of ours does not know.
+VLLM_FLAGS = "vLLM's own flags go behind a bare --"
 BY_DEFAULT = "by default what the release names, else poolside_v1 where the chat template goes with it"
 
 
@@ -91,11 +94,14 @@ class ModelOptions:
         check_bounds(self)
 
 
-def split_extra_args(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
-    """Split a command line into its own part, and what stands behind a bare `--` for vLLM."""
+def read_model_flags(
+    config: type[Options], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str
+) -> Options:
+    """Read a command line: its own part, as `read_flags` does, and for vLLM what stands behind a bare `--`."""
     given = list(sys.argv[1:] if argv is None else argv)
     split = given.index("--") if "--" in given else len(given)
-    return given[:split], tuple(given[split + 1 :])
+    own = read_flags(config, given[:split], prog=prog, description=description, epilog=epilog, elsewhere=VLLM_FLAGS)
+    return replace(own, extra_args=tuple(given[split + 1 :]))
 
 
 def make_engine_config(model: str, options: ModelOptions) -> EngineConfig:

@@ -14,11 +14,11 @@ from laguna_serve.serving.chat.sampling_defaults import find_temperature
 from laguna_serve.serving.chat.vendor_defaults import describe_chat
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
-from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, split_extra_args
+from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, read_model_flags
 from laguna_serve.serving.commands.serve_several import run_several
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, find_port, require_port
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, read_flags
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.local_http import LOOPBACK
@@ -175,9 +175,7 @@ class ServicePlan:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; the last line on stdout is a JSON object."""
-    given, extra_args = split_extra_args(argv)
-    config = read_flags(ServeConfig, given, prog="laguna serve", description=DESCRIPTION, epilog=EPILOG)
-    return run(replace(config, extra_args=extra_args))
+    return run(read_model_flags(ServeConfig, argv, prog="laguna serve", description=DESCRIPTION, epilog=EPILOG))
 
 
 def run(config: ServeConfig) -> int:

@@ -1,31 +1,41 @@
-"""TRL's `vllm_mode="server"` on the admin port, under /trl: one model as a single vLLM, with the routes that steer it.
+"""Trainers' own clients on the admin port, under /trl: one model as a single vLLM, with the routes that steer it.
 
 TRL's client has one base URL for rollouts and weights, and sends no bearer key. Keys go into that URL, which makes
 them Basic credentials: the password is the admin port's key, the user name the gateway's own where that asks for one.
 It repeats what gets 500, 502 or 503, which no step of a transfer may be: these are refused with 409.
-Read against TRL 1.16 (generation/vllm_client.py, experimental/async_grpo/vllm_client.py).
+prime-rl pauses, names the folder that its trainer wrote, and resumes; it repeats all of 500 and above.
+Read against TRL 1.16 (generation/vllm_client.py, experimental/async_grpo/vllm_client.py) and prime-rl at 559b447
+(src/prime_rl/utils/client.py).
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import PurePath
 from typing import Annotated
 
 from fastapi import APIRouter, Body, FastAPI, HTTPException, Response
 
 from laguna_serve.serving.gateway.clients.asgi import Receive, RelayApp, Scope, Send
-from laguna_serve.serving.gateway.engines.transfer import Transfer, TransferError
-from laguna_serve.serving.gateway.engines.update import PauseMode, Version
+from laguna_serve.serving.gateway.engines.transfer import Transfer, TransferError, name_next
+from laguna_serve.serving.gateway.engines.update import PauseMode, UpdateRequest, Version
 from laguna_serve.serving.gateway.engines.weights import RESET, StepError, WeightGroup
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.kit.results import JsonObject
 
 PREFIX = "/trl"
 NO_ROUTES = "; the engine needs VLLM_SERVER_DEV_MODE=1, which laguna serve --weight-updates sets"
+NO_WEIGHTS = (
+    "update_weights: expected update_info or the weight_dir of a folder, got neither; "
+    'with prime-rl set weight_broadcast.type = "filesystem"'
+)
+# A folder of prime-rl's: …/broadcasts/step_12, or …/checkpoints/step_12/weight.
+STEP = re.compile(r"step_[0-9]{1,18}")
 Alone = Callable[[str | None], AbstractAsyncContextManager[WeightGroup]]
 
 
@@ -81,10 +91,20 @@ def add_trl(app: FastAPI, model: str, find: Callable[[], Services], alone: Alone
         return {"message": "Weight update started"}
 
     @router.post("/update_weights")
-    async def update(update_info: Annotated[JsonObject | list[JsonObject], Body(embed=True)]) -> JsonObject:
-        """Tell the engines of tensors that come."""
+    async def update(
+        update_info: Annotated[JsonObject | list[JsonObject] | None, Body(embed=True)] = None,
+        weight_dir: Annotated[str | None, Body(embed=True)] = None,
+    ) -> JsonObject:
+        """Tell the engines of tensors that come; or, as prime-rl does, of a folder that has them all."""
         async with transfer() as found:
-            await found.update(update_info)
+            if update_info is not None:
+                await found.update(update_info)
+            elif weight_dir is not None:
+                report = await found.group.apply(read_step(weight_dir, found.group.pool.versions[0]))
+                if report["outcome"] != "updated":
+                    raise HTTPException(409, report["error"])
+            else:
+                raise HTTPException(422, NO_WEIGHTS)
         return {"message": "Weights updated"}
 
     @router.post("/finish_weight_update")
@@ -124,6 +144,12 @@ def add_trl(app: FastAPI, model: str, find: Callable[[], Services], alone: Alone
 
     app.include_router(router)
     app.mount(PREFIX, _Relayed(find))
+
+
+def read_step(folder: str, version: bytes) -> UpdateRequest:
+    """Read a folder of prime-rl's as an update; its version is the step in the path, or the one behind `version`."""
+    steps = [part for part in PurePath(folder).parts if STEP.fullmatch(part)]
+    return UpdateRequest(weight_version=steps[-1] if steps else name_next(version), update=[{"folder": folder}])
 
 
 class _Relayed:

@@ -33,16 +33,22 @@ def open_closed_streams() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Keeps the line breaks of its description and examples; an error is one line, without the usage."""
+    """Keeps the line breaks of its description and examples; an error is one line, without the usage.
 
-    def __init__(self, **options: Any) -> None:
+    `elsewhere` says where flags belong that it does not know.
+    """
+
+    def __init__(self, *, elsewhere: str | None = None, **options: Any) -> None:
         open_closed_streams()
+        self._elsewhere = elsewhere
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options)
 
     def error(self, message: str) -> NoReturn:
         """Print the message in one line and exit with COULD_NOT_RUN."""
         name = self.prog.partition(" ")[0].rpartition("/")[2]
+        if self._elsewhere is not None and message.startswith("unrecognized arguments: -"):
+            message = f"{message}; {self._elsewhere}"
         self.exit(COULD_NOT_RUN, f"{name}: error: {message}; see `{self.prog} --help`\n")
 
 

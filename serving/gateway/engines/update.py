@@ -29,6 +29,10 @@ class Update(_Body):
     draft_version: Version | None = None
     draft_update: Sequence[JsonObject] = ()
 
+    def list_parts(self) -> set[Part]:
+        """List what it brings."""
+        return {part for part in PARTS if getattr(self, part)}
+
 
 class UpdateRequest(Update):
     """An update, how to take it back where it fails half-way, and whether all engines are to show the same digests."""

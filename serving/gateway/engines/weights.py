@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,10 @@ import aiohttp
 from laguna_serve.serving.gateway.engines import digests
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
-from laguna_serve.serving.gateway.engines.update import PARTS, Part, PauseMode, Update, UpdateRequest
+from laguna_serve.serving.gateway.engines.update import Part, PauseMode, Update, UpdateRequest
 from laguna_serve.serving.kit.results import JsonObject
 
+logger = logging.getLogger(__name__)
 TIMEOUT_S = 600.0
 START: Mapping[Part, str] = {"update": "/start_weight_update", "draft_update": "/start_draft_weight_update"}
 # Keys and values of the old weights must not be attended to with the new ones: requests that are held in the middle
@@ -97,7 +99,7 @@ class WeightGroup:
 
     async def apply(self, request: UpdateRequest) -> JsonObject:
         """Carry out the whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""
-        parts = _list_parts(request)
+        parts = request.list_parts()
         if missing := self._list_needed() - parts:
             fault = f"expected {' and '.join(sorted(missing))}, as engines are fenced off, got none; give whole weights"
             return self._report("unchanged", f"update: {fault}")
@@ -172,7 +174,7 @@ class WeightGroup:
         whole = update.model_copy(update={"weight_version": weights.decode(), "draft_version": draft.decode()})
         restored = list[Engine]()
         for engine, changed in self._changed.items():
-            if changed - _list_parts(whole):
+            if changed - whole.list_parts():
                 continue
             with contextlib.suppress(StepError):
                 await self._load(whole, [engine])
@@ -285,6 +287,8 @@ class WeightGroup:
         return "unavailable" if all(fenced) else "reduced" if any(fenced) else "rolled_back"
 
     def _report(self, outcome: str, error: str | None) -> JsonObject:
+        if error is not None:
+            logger.warning("model %s: update of weights, %s: %s", self.pool.model.name, outcome, error)
         engines = {
             engine.name: {
                 "weight_version": engine.versions[0].decode(),
@@ -301,7 +305,3 @@ def _find_message(body: str) -> str:
     with contextlib.suppress(ValueError, TypeError, KeyError):
         body = str(json.loads(body)["error"]["message"])
     return body[:500]
-
-
-def _list_parts(update: Update) -> set[Part]:
-    return {part for part in PARTS if getattr(update, part)}

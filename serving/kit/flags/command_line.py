@@ -38,9 +38,13 @@ def read_flags(
     prog: str,
     description: str | None,
     epilog: str | None = None,
+    elsewhere: str | None = None,
 ) -> C:
-    """Read the command line as a configuration. Exits with status 2 and one line on a bad one, 0 after `--help`."""
-    parser = Parser(prog=prog, description=description, epilog=epilog)
+    """Read the command line as a configuration. Exits with status 2 and one line on a bad one, 0 after `--help`.
+
+    `elsewhere` is Parser's.
+    """
+    parser = Parser(prog=prog, description=description, epilog=epilog, elsewhere=elsewhere)
     add_flags(parser, config)
     return make_config(parser, config, parser.parse_args(argv))
 

@@ -54,9 +54,26 @@ def test_version_names_the_packages_that_decide(capsys: pytest.CaptureFixture[st
             "see `laguna serve --help`",
         ),
         (["serve", "m", "--port", "x"], "argument --port: invalid int value: 'x'; see `laguna serve --help`"),
-        (["doctor", "--nonsense"], "unrecognized arguments: --nonsense; see `laguna doctor --help`"),
+        (["traces", "list", "f", "--nonsense"], "unrecognized arguments: --nonsense; see `laguna traces list --help`"),
+        *(
+            (
+                [command, "m", "--enforce-eager"],
+                "unrecognized arguments: --enforce-eager; vLLM's own flags go behind a bare --; "
+                f"see `laguna {command} --help`",
+            )
+            for command in ("serve", "doctor")
+        ),
     ],
-    ids=["no-command", "no-model", "gamma-in-words", "no-gamma", "bad-port", "unknown-flag"],
+    ids=[
+        "no-command",
+        "no-model",
+        "gamma-in-words",
+        "no-gamma",
+        "bad-port",
+        "unknown-flag",
+        "vllms-flag-to-serve",
+        "vllms-flag-to-doctor",
+    ],
 )
 def test_usage_error_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match="2"):
