@@ -23,6 +23,8 @@ MIN_KV_BYTES = GIB // 4
 # Of what is left after the engine and the weights: another engine or the user's own work needs the rest.
 MAX_KV_SHARE = 0.5
 MAX_GPU_SHARE = 0.92
+# What a share is rounded down to: of a hundredth a large device loses gigabytes, and vLLM takes no share of 0.
+SHARE_STEP = 0.0001
 # CUDA context and the allocator's rounding, which the share does not cover.
 GPU_CONTEXT_BYTES = GIB
 
@@ -63,11 +65,11 @@ def plan_memory(
 
 
 def _plan_gpu(device: Device, weight_bytes: int, kv_cache_gib: float | None) -> list[str]:
-    kv_bytes = 0 if kv_cache_gib is None else int(kv_cache_gib * GIB)
+    kv_bytes = MIN_KV_BYTES if kv_cache_gib is None else int(kv_cache_gib * GIB)
     _require(device, {"context": GPU_CONTEXT_BYTES, "weights": weight_bytes, "KV cache": kv_bytes})
-    usable = device.free_bytes - GPU_CONTEXT_BYTES
-    share = min(MAX_GPU_SHARE, int(usable / device.total_bytes * 100) / 100)
-    arguments = ["--gpu-memory-utilization", f"{share:.2f}"]
+    steps = int((device.free_bytes - GPU_CONTEXT_BYTES) / device.total_bytes / SHARE_STEP)
+    share = min(MAX_GPU_SHARE, max(1, steps) * SHARE_STEP)
+    arguments = ["--gpu-memory-utilization", f"{share:.4f}"]
     return arguments if kv_cache_gib is None else [*arguments, "--kv-cache-memory-bytes", str(kv_bytes)]
 
 

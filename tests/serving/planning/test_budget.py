@@ -53,11 +53,25 @@ def test_empty_cache_is_refused(gib: float) -> None:
         plan(cpu(64 * GIB), gib=gib)
 
 
-@pytest.mark.parametrize(("free_gib", "expected"), [(80, "0.92"), (41, "0.50")])
+@pytest.mark.parametrize(("free_gib", "expected"), [(80, "0.9200"), (41, "0.5000")])
 def test_gpu_share_is_lowered_to_what_is_free(free_gib: int, expected: str) -> None:
     gpu = Device("gpu", "NVIDIA H100", 80 * GIB, free_gib * GIB)
     assert plan(gpu) == {"--gpu-memory-utilization": expected}
     assert plan(gpu, gib=4)["--kv-cache-memory-bytes"] == str(4 * GIB)
+
+
+def test_gpu_that_is_nearly_full_gives_a_share_that_holds_the_engine() -> None:
+    gpu = Device("gpu", "NVIDIA B300", 288 * GIB, 2 * GIB)
+    for gib in (None, 0.5):
+        share = float(plan(gpu, weights=GIB // 4, gib=gib)["--gpu-memory-utilization"])
+        assert GIB // 2 <= share * gpu.total_bytes <= GIB
+    tiny = plan(Device("gpu", "NVIDIA B300", 288 * GIB, GIB + (1 << 20)), gib=1e-4)
+    assert float(tiny["--gpu-memory-utilization"]) > 0
+
+
+def test_gpu_without_room_for_a_kv_cache_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"256\.0 MiB KV cache\), got 1\.1 GiB"):
+        plan(Device("gpu", "NVIDIA B300", 288 * GIB, GIB + GIB // 8), weights=1 << 20)
 
 
 def test_gpu_without_room_for_the_weights_is_refused() -> None:
