@@ -105,7 +105,9 @@ def _list_memory(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     if plan.device.kind == "gpu":
         parts.append(f"activations about {memory.activations / GIB:.1f}")
         parts.append(f"CUDA graphs about {memory.graphs / GIB:.1f}, context {memory.context / GIB:.1f}")
-    yield "memory", f"{', '.join(parts)}; left for the KV cache {show_size(memory.kv)}"
+    divided = plan.device.kind == "gpu" or bool(plan.command)  # a CPU's is while the command is built
+    left = f"; left for the KV cache {show_size(memory.kv)}" if divided else ""
+    yield "memory", f"{', '.join(parts)}{left}"
     sequence = show_size(layout.sequence_bytes(plan.length))
     yield (
         "KV cache",
@@ -113,6 +115,8 @@ def _list_memory(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     )
     if plan.kv_dtype is not None:
         yield "KV dtype", f"{plan.kv_dtype[0]}: {plan.kv_dtype[1]}"
+    if not divided:
+        return
     one, many = plan.context
     full = "the whole" if one == plan.length else f"{plan.length:,} do not fit"
     yield "context", f"{one:,} tokens for one sequence ({full}), {many:,} for {plan.config.max_num_seqs} at once"

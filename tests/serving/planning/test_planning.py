@@ -339,6 +339,13 @@ def test_pruning_packed_experts_is_refused(tmp_path: Path, name: str, kind: str)
         plan(name, keep_mask=mask, group_indices=mask)
 
 
+def test_refused_plan_for_a_cpu_does_not_say_what_was_never_divided() -> None:
+    text = format_plan(make_plan(EngineConfig(folder("Laguna-XS.2-FP8")), CPU, planned=True))
+    assert "weights 32.9 GiB by config.json\n" in text
+    assert "0.0 MiB" not in text
+    assert "0 tokens" not in text
+
+
 def test_fp8_students_are_dequantised_on_a_cpu(tmp_path: Path) -> None:
     """Padded ones, too: vLLM's own class has no kernel there. A GPU's has, and keeps it."""
     config = json.loads((TOY / "dense" / "config.json").read_text())
