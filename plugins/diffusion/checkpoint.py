@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +31,9 @@ ONLY: dict[str, Any] = {
     "input_emb_norm": False,
     "scale_logits": False,
 }
+# Of a field, as it is written below → what JSON has for it.
+KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+SIZES = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "vocab_size", "max_sequence_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +72,7 @@ def read_config(folder: Path) -> LladaConfig:
         DiffusionError: there is none, it is another model's, or a key is missing or has a value that the model has not.
     """
     path = folder / "config.json"
-    try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DiffusionError(f"{path}: expected a model's configuration, got {error}; check the folder") from None
-    if not isinstance(keys, dict) or keys.get("model_type") != "llada":
-        got = keys.get("model_type") if isinstance(keys, dict) else type(keys).__name__
-        raise DiffusionError(f'{path}: expected "model_type": "llada", got {got!r}; choose a LLaDA checkpoint')
+    keys = _read_keys(path)
     for key, only in ONLY.items():
         if keys.get(key, only) != only:
             raise DiffusionError(f"{path}: expected {key} {only!r}, got {keys[key]!r}; this model is not carried")
@@ -90,7 +87,40 @@ def read_config(folder: Path) -> LladaConfig:
     return config
 
 
+def read_stored_dtype(folder: Path) -> str:
+    """Read the dtype of the folder's tensors, in torch's spelling; what config.json does not say is bfloat16.
+
+    Raises:
+        DiffusionError: there is no config.json, or it is another model's.
+    """
+    keys = _read_keys(folder / "config.json")
+    return str(keys.get("dtype") or keys.get("torch_dtype") or "bfloat16")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.  Raises DiffusionError where the file holds none."""
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DiffusionError(f"{path}: expected a model's configuration, got {error}; check the folder") from None
+    if not isinstance(keys, dict):
+        raise DiffusionError(f"{path}: expected a model's configuration, got {type(keys).__name__}; check the folder")
+    return keys
+
+
+def _read_keys(path: Path) -> dict[str, Any]:
+    keys = read_object(path)
+    if (got := keys.get("model_type")) != "llada":
+        raise DiffusionError(f'{path}: expected "model_type": "llada", got {got!r}; choose a LLaDA checkpoint')
+    return keys
+
+
 def _check(path: Path, config: LladaConfig) -> None:
+    for field in fields(config):
+        value, allowed = getattr(config, field.name), KINDS[str(field.type)]
+        if type(value) not in allowed or (field.name in SIZES and value < 1):
+            expected = f"a {'positive ' if field.name in SIZES else ''}{field.type}"
+            raise DiffusionError(f"{path}: expected {field.name} to be {expected}, got {value!r}; fetch it again")
     if config.d_model % (2 * config.n_heads) or config.n_heads % config.n_kv_heads:
         got = f"d_model {config.d_model}, n_heads {config.n_heads}, n_kv_heads {config.n_kv_heads}"
         raise DiffusionError(f"{path}: expected heads of one even width, shared evenly, got {got}; check the file")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from laguna_serve.plugins.diffusion.checkpoint import LladaConfig, read_config
+from laguna_serve.plugins.diffusion.checkpoint import LladaConfig, read_config, read_object, read_stored_dtype
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Cache, Evenly, PerStep, Reference, Schedule, Threshold
 from laguna_serve.plugins.diffusion.engine.room import count_token_bytes, find_room
@@ -127,12 +126,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def choose_dtype(name: str, folder: Path, device: str) -> torch.dtype:
-    """Choose the weights' dtype: as asked, else the checkpoint's on a GPU and float32 on a CPU."""
+    """Choose the weights' dtype: as asked, else the checkpoint's on a GPU and float32 on a CPU.
+
+    Raises:
+        DiffusionError: the folder has no configuration of a LLaDA.
+    """
     if name != "auto":
         return DTYPES[name]
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
-    return torch.float32 if device == "cpu" else DTYPES.get(kept, torch.bfloat16)
+    stored = read_stored_dtype(folder)
+    return torch.float32 if device == "cpu" else DTYPES.get(stored, torch.bfloat16)
 
 
 def make_schedule(tokens_per_step: int | None, steps_per_block: int | None, threshold: float | None) -> Schedule:
@@ -189,10 +191,17 @@ def load_draft(folder: Path, target: Llada, draft_weights: str) -> Llada:
 
 
 def find_stop(folder: Path, texts: Texts, eos: int) -> frozenset[int]:
-    """Find the ids that end an answer: config.json's, the tokenizer's, generation_config.json's, the end of a turn."""
+    """Find the ids that end an answer: config.json's, the tokenizer's, generation_config.json's, the end of a turn.
+
+    Raises:
+        DiffusionError: generation_config.json names something else.
+    """
     found = {eos, *texts.find_ids(END_OF_TURN), *texts.end_ids}
     path = folder / "generation_config.json"
     if path.is_file():
-        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found |= set(named if isinstance(named, list) else [] if named is None else [named])
+        named = read_object(path).get("eos_token_id")
+        ends = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(id_) is int for id_ in ends):
+            raise DiffusionError(f"{path}: expected eos_token_id to be token ids, got {named!r}; correct it")
+        found |= set(ends)
     return frozenset(found)

@@ -118,6 +118,22 @@ def test_ends_are_all_that_are_named(toy: Path, tmp_path: Path) -> None:
     assert load(parse_options([str(tmp_path)])).stop == {END, END_OF_TURN, 77}
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"eos_token_id": {}}', '{"eos_token_id": [1.5]}', "{", "[" * 100_000])
+def test_ends_that_cannot_be_read_are_refused(toy: Path, tmp_path: Path, text: str) -> None:
+    for path in toy.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(DiffusionError, match=r"generation_config.json: expected .*; (check|correct) "):
+        load(parse_options([str(tmp_path)]))
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "7", '{"model_type": "llama"}'])
+def test_dtype_of_a_folder_that_is_no_llada_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(DiffusionError, match=r"config.json: expected .*; (check|choose) "):
+        choose_dtype("auto", tmp_path, "cuda")
+
+
 def test_dtypes_and_schedules(toy: Path) -> None:
     assert choose_dtype("auto", toy, "cpu") is torch.float32
     assert choose_dtype("auto", toy, "cuda") is torch.bfloat16

@@ -194,6 +194,10 @@ def test_a_sequence_that_is_too_long_is_refused() -> None:
         ({"d_model": None}, "got none of 'd_model'"),
         ({"n_heads": 3}, "expected heads of one even width"),
         ({"mask_token_id": 126336}, "expected an embedding with the mask in it"),
+        ({"d_model": "32"}, "expected d_model to be a positive int, got '32'"),
+        ({"n_kv_heads": 0}, "expected n_kv_heads to be a positive int, got 0"),
+        ({"rope_theta": []}, r"expected rope_theta to be a float, got \[\]"),
+        ({"weight_tying": 1}, "expected weight_tying to be a bool, got 1"),
     ],
 )
 def test_a_config_of_another_model_is_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
