@@ -11,12 +11,10 @@ from laguna_serve.serving.chat.vendor_defaults import ChatOptions
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import Flag, check_bounds, read_flags
-from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 from laguna_serve.serving.speculation.flags import ADAPTIVE, DraftSampling, parse_gamma_or_adaptive
-from laguna_serve.serving.speculation.gamma_store import find_advice
+from laguna_serve.serving.speculation.gamma_store import AUTO, settle_gamma
 
 Options = TypeVar("Options", bound="ModelOptions")
-AUTO: Literal["auto"] = "auto"
 # Where flags belong that a command of ours does not know.
 VLLM_FLAGS = "vLLM's own flags go behind a bare --"
 BY_DEFAULT = "by default what the release names, else poolside_v1 where the chat template goes with it"
@@ -110,24 +108,22 @@ def make_engine_config(model: str, options: ModelOptions) -> EngineConfig:
     Raises:
         CheckpointError: γ "auto" or "adaptive" without a drafter, or "auto" without a sweep of this pair.
     """
-    draft, gamma, schedule, sampling = options.draft, options.gamma, None, str(options.draft_sampling)
-    if gamma in (AUTO, ADAPTIVE) and draft is None:
-        raise CheckpointError(f"--gamma {gamma}: expected --draft beside it, got none; name the drafter")
-    if gamma == AUTO and draft is not None:
-        advice = find_advice(model, draft)
-        draft, gamma, schedule = (draft, advice.gamma, advice.schedule) if advice.gamma else (None, None, None)
-        sampling = DRAFT_SAMPLING[0] if draft is None else sampling
-        what = f"γ {gamma}" if draft is not None else "plain decoding is fastest here: the drafter is left out"
+    if options.gamma in (AUTO, ADAPTIVE) and options.draft is None:
+        raise CheckpointError(f"--gamma {options.gamma}: expected --draft beside it, got none; name the drafter")
+    drafting = settle_gamma(model, options.draft, options.gamma, options.draft_sampling)
+    if (advice := drafting.advice) is not None:
+        plain = "plain decoding is fastest here: the drafter is left out"
+        what = plain if drafting.draft is None else f"γ {drafting.gamma}"
         print(f"--gamma auto: {what}, by the sweep of {advice.date}: {list(advice.schedule)}", file=sys.stderr)
     return EngineConfig(
         model=model,
         keep_mask=options.keep_mask,
         group_indices=options.group_indices,
-        draft=draft,
-        gamma=None if isinstance(gamma, str) else gamma,
-        adaptive=gamma == ADAPTIVE,
-        gamma_schedule=schedule,
-        draft_sampling=sampling,
+        draft=drafting.draft,
+        gamma=drafting.gamma,
+        adaptive=drafting.adaptive,
+        gamma_schedule=drafting.schedule,
+        draft_sampling=drafting.sampling,
         dtype=options.dtype,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,

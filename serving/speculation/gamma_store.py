@@ -6,12 +6,16 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import find_device, find_vllm
+from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
+from laguna_serve.serving.speculation.flags import ADAPTIVE
 
+AUTO: Literal["auto"] = "auto"
 SWEEP = "python bench/gamma_sweep.py --model {model} --draft {draft} --prompts FILE --out DIR"
 
 
@@ -57,6 +61,34 @@ def find_advice(model: str, draft: str) -> Advice:
         raise CheckpointError(f"--gamma auto: expected {expected}, got none; run `{remedy}`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: expected a sweep's schedule, got {error!r}; run `{remedy}` again") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """What an engine drafts with; `advice`: the sweep that γ "auto" went by, None for any other γ."""
+
+    draft: str | None
+    gamma: int | None
+    adaptive: bool
+    schedule: tuple[tuple[int, int, int], ...] | None
+    sampling: str
+    advice: Advice | None = None
+
+
+def settle_gamma(model: str, draft: str | None, gamma: int | str | None, sampling: str) -> Drafting:
+    """Settle γ as it is asked for: a number, "adaptive", "auto", or the drafter's maximum for anything else.
+
+    Where "auto" finds that plain decoding is the fastest, nothing is drafted.
+
+    Raises:
+        CheckpointError: γ "auto" without a sweep of this pair.
+    """
+    if gamma == AUTO and draft is not None:
+        advice = find_advice(model, draft)
+        if advice.gamma:
+            return Drafting(draft, advice.gamma, False, advice.schedule, sampling, advice)
+        return Drafting(None, None, False, None, DRAFT_SAMPLING[0], advice)
+    return Drafting(draft, None if isinstance(gamma, str) else gamma, gamma == ADAPTIVE, None, sampling)
 
 
 def _place(model: str, draft: str) -> Path:

@@ -17,8 +17,7 @@ from laguna_serve.serving.planning.budget import ENGINE_BYTES, GPU_CONTEXT_BYTES
 from laguna_serve.serving.planning.diffusion.plan import plan_diffusion
 from laguna_serve.serving.planning.launch import require_device
 from laguna_serve.serving.planning.plan import make_plan
-from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
-from laguna_serve.serving.speculation.gamma_store import find_advice
+from laguna_serve.serving.speculation.gamma_store import settle_gamma
 
 # Torch and the server of a masked diffusion engine, in one process: 0.4 GB measured on a CPU.
 DIFFUSION_BYTES = 10**9
@@ -31,25 +30,17 @@ def make_engine_config(name: str, table: OwnedEngine) -> EngineConfig:
     Raises:
         CheckpointError: γ "auto" without a sweep of this pair.
     """
-    draft, schedule = table.draft, None
-    gamma: int | str = table.gamma
-    sampling: str = table.draft_sampling
-    if gamma == "auto" and draft is not None:
-        advice = find_advice(table.model, draft)
-        if advice.gamma:
-            gamma, schedule = advice.gamma, advice.schedule
-        else:  # plain decoding is the fastest here
-            draft, gamma, sampling = None, "max", DRAFT_SAMPLING[0]
+    drafting = settle_gamma(table.model, table.draft, table.gamma, table.draft_sampling)
     sleeps = table.sleep_level > 0
     return EngineConfig(
         model=table.model,
         keep_mask=table.keep_mask,
         group_indices=table.group_indices,
-        draft=draft,
-        gamma=None if isinstance(gamma, str) else gamma,
-        adaptive=gamma == "adaptive",
-        gamma_schedule=schedule,
-        draft_sampling=sampling,
+        draft=drafting.draft,
+        gamma=drafting.gamma,
+        adaptive=drafting.adaptive,
+        gamma_schedule=drafting.schedule,
+        draft_sampling=drafting.sampling,
         served_model_name=name,
         dtype=table.dtype,
         max_model_len=table.max_model_len,
