@@ -90,6 +90,7 @@ class Engine:
         self.chat = NO_CONTRACT
         self._announce = announce or (lambda _line: None)
         self._api_key = api_key
+        self._imports = ""
         self._memory_kills = 0
         self._marks: deque[tuple[float, int]] = deque()
         self._core: list[psutil.Process] = []
@@ -179,7 +180,7 @@ class Engine:
     def _start(self) -> None:
         launch = plan_launch(self.config, self._api_key)
         self.command, self.base_url = launch.command, launch.base_url
-        self.gamma, self.chat = launch.gamma, launch.chat
+        self.gamma, self.chat, self._imports = launch.gamma, launch.chat, launch.imports
         for warning in launch.warnings:
             self._announce(f"warning: {warning}")
         # vLLM takes it seconds from now; until then nobody gets it by chance.
@@ -219,7 +220,7 @@ class Engine:
             if self._is_healthy():
                 break
             now = time.monotonic()
-            phase = find_phase(read_log(self.log_path))
+            phase = find_phase(read_log(self.log_path), self._imports)
             if now - started > self.ready_timeout_s:
                 limit = f"expected an answer within {self.ready_timeout_s:.0f} s, got none while {phase}"
                 raise EngineError(f"engine {self.model_name}: {limit}; see {self.log_path}")

@@ -26,7 +26,6 @@ PHASES = (
     ("Starting vLLM server", "starting the HTTP server"),
     ("Starting the HTTP server", "starting the HTTP server"),
 )
-FIRST_PHASE = "importing vLLM"
 
 # What an engine of ours says for who starts it.
 NOTE = re.compile(r"^INFO laguna_serve\.plugins\.\S+: (?P<note>Proposals .*)$", re.MULTILINE)
@@ -92,9 +91,9 @@ def find_notes(text: str) -> list[str]:
     return [match["note"] for match in NOTE.finditer(text)]
 
 
-def find_phase(log: str) -> str:
-    """Find what the engine is doing, for a progress line."""
-    current = FIRST_PHASE
+def find_phase(log: str, imports: str = "vLLM") -> str:
+    """Find what the engine is doing, for a progress line; before its log says anything, it imports what it runs on."""
+    current = f"importing {imports}"
     for mark, phase in PHASES:
         if mark in log:
             current = phase

@@ -70,7 +70,7 @@ class EngineError(CommandError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """An engine that may be started."""
+    """An engine that may be started; `imports`: what its process does first, before its log says anything."""
 
     command: list[str]
     environment: dict[str, str]
@@ -78,6 +78,7 @@ class Launch:
     gamma: int | None
     chat: ChatContract
     warnings: tuple[str, ...]
+    imports: str = "vLLM"
 
 
 def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
@@ -129,6 +130,7 @@ def _plan_diffusion(config: EngineConfig, model: DiffusionModel, device: Device,
         gamma=None,
         chat=find_chat(model),
         warnings=(),
+        imports="torch",
     )
 
 

@@ -171,5 +171,9 @@ def test_phase_is_the_last_one_begun(log: str, phase: str) -> None:
     assert find_phase(log) == phase
 
 
+def test_first_phase_names_what_is_imported() -> None:
+    assert find_phase("", "torch") == "importing torch"
+
+
 def test_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
     assert read_log(tmp_path / "none") == ""

@@ -93,6 +93,7 @@ def test_the_command_is_the_diffusion_servers(llada: Path, draft: Path) -> None:
     assert launch.base_url == f"http://127.0.0.1:{options.port}"
     assert launch.environment["VLLM_API_KEY"] == "key"
     assert launch.chat.template
+    assert launch.imports == "torch"
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
