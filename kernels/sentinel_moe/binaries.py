@@ -1,7 +1,7 @@
 """What the compiler makes of the Triton kernels for a GPU that need not be there.
 
-Registers, spills and shared memory come from the binary; traffic is counted in the inner loop's instructions.  Used by
-the tests, and by bench/moe_tuning to leave out tiles that spill.
+Registers, spills and shared memory come from the binary, and the inner loop's instructions.  bench/moe_tuning leaves
+out tiles that spill by it; the tests hold every row of the table to it.
 """
 
 from __future__ import annotations
@@ -41,19 +41,13 @@ _BRANCH = re.compile(r"BRA.*`\((\.L_x_\d+)\)")
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """A layer as the kernels are compiled for it: H, B, experts a token, pairs of a batch, its dtypes."""
+    """A layer as the kernels are compiled for it: H, B, pairs of a batch, its dtypes."""
 
     hidden: int = 2048
     block: int = 64
-    topk: int = 8
     pairs: int = 64
     activations: torch.dtype = torch.bfloat16
     scaled: bool = False
-
-    @property
-    def weight_bytes(self) -> int:
-        """Size of one weight as it is stored."""
-        return 1 if self.scaled else self.activations.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,49 +71,6 @@ class Binary:
         inside = self.shared_bytes <= SHARED_LIMITS[capability] and self.registers * self.warps * 32 <= REGISTERS
         return inside and not self.spilled
 
-    @property
-    def copied_bytes(self) -> int:
-        """What a step copies to shared memory, 16 bytes at a time, without passing registers."""
-        return sum(512 * count for name, count in self.loop.items() if _is_wide_copy(name)) * self.warps
-
-    @property
-    def shared_traffic(self) -> int:
-        """Bytes that a step writes to and reads from shared memory; matrix units' own reads (HGMMA) are not seen."""
-        return sum(_shared_bytes(name) * count for name, count in self.loop.items()) * self.warps
-
-    @property
-    def matrix_instructions(self) -> int:
-        """Of a warp in a step."""
-        return sum(count for name, count in self.loop.items() if "MMA" in name)
-
-
-def _is_wide_copy(name: str) -> bool:
-    return name.startswith("LDGSTS") and name.endswith("128")
-
-
-def _shared_bytes(name: str) -> int:
-    """Of a warp's one instruction."""
-    kind, *rest = name.split(".")
-    if kind in ("LDSM", "STSM"):
-        return 128 * (int(rest[-1]) if rest[-1].isdigit() else 1)
-    if kind not in ("LDS", "STS", "LDGSTS"):
-        return 0
-    widths = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
-    return 32 * next((widths[part] for part in rest if part in widths), 4)
-
-
-def gate_up_step(shape: LayerShape, tiles: Tiles) -> tuple[int, int]:
-    """Bytes of weights, and of everything, that a step of `gate_up` needs."""
-    weights = 2 * tiles.block_a * tiles.block_h * shape.weight_bytes
-    return weights, weights + tiles.members * tiles.block_h * shape.activations.itemsize
-
-
-def down_step(shape: LayerShape, tiles: Tiles) -> tuple[int, int]:
-    """Bytes of weights, and of everything, that a step of `down` needs."""
-    weights = tiles.block_n * tiles.block_k * shape.weight_bytes
-    act_bytes = 4 if shape.scaled else shape.activations.itemsize
-    return weights, weights + max(16, tiles.members) * tiles.block_k * act_bytes
-
 
 def compile_gate_up(shape: LayerShape, tiles: Tiles, capability: int, *, listed: bool = False) -> Binary:
     """Compile `gate_up` as gpu.py launches it on an NVIDIA GPU."""
@@ -136,7 +87,7 @@ def compile_gate_up(shape: LayerShape, tiles: Tiles, capability: int, *, listed:
         "PRECISION": "ieee",
         "PDL": capability >= 90,
     }
-    return _compile(experts.gate_up, shape, constants, tiles.warps[0], tiles.stages[0], capability)
+    return compile_kernel(experts.gate_up, shape, constants, tiles.warps[0], tiles.stages[0], capability)
 
 
 def compile_down(shape: LayerShape, tiles: Tiles, capability: int) -> Binary:
@@ -155,24 +106,13 @@ def compile_down(shape: LayerShape, tiles: Tiles, capability: int) -> Binary:
         "PRECISION": "ieee",
         "PDL": capability >= 90,
     }
-    return _compile(experts.down, shape, constants, tiles.warps[1], tiles.stages[1], capability)
+    return compile_kernel(experts.down, shape, constants, tiles.warps[1], tiles.stages[1], capability)
 
 
-def compile_combine(shape: LayerShape, tiles: Tiles, capability: int) -> Binary:
-    """Compile `combine` as gpu.py launches it."""
-    constants = {"H": shape.hidden, "K": shape.topk, "PARTS": tiles.parts, "BLOCK_N": 512, "PDL": capability >= 90}
-    return _compile(experts.combine, shape, constants, 4, 3, capability)
-
-
-def compile_group(num_experts: int, tiles: Tiles, capability: int) -> Binary:
-    """Compile `group` as gpu.py launches it, for all pairs at once."""
-    constants = {"E_PAD": triton.next_power_of_2(num_experts), "MEMBERS": tiles.members, "CHUNK": 1024}
-    return _compile(experts.group, LayerShape(), constants, 4, 3, capability)
-
-
-def _compile(
+def compile_kernel(
     kernel: Any, shape: LayerShape, constants: Mapping[str, object], warps: int, stages: int, capability: int
 ) -> Binary:
+    """Compile a kernel for these constants, and read what came of it."""
     names = list(kernel.arg_names)
     signature = {name: "constexpr" if name in constants else _type_of(name, shape) for name in names}
     aligned = {
