@@ -31,7 +31,7 @@ from laguna_serve.serving.kit.results import read_result
 
 EXAMPLES = """
 examples:
-  python bench/certify.py --check bench/results/toy-certificate-cpu/certificate.json
+  python bench/certify.py --check bench/results/toy-gamma-adaptive/certificate.json
   python bench/certify.py --check certificate.json --model poolside/Laguna-XS.2 --draft path/to/drafter
 
 exit status:
@@ -98,7 +98,9 @@ def check_certificate(config: CheckConfig, environment: Environment) -> Certific
     certificate = read_result(path, Certificate)
     identity = certificate.identity
     if identity is None:
-        why = f"{path} carries no identity (it was made by URL, or before there were any); certify again"
+        made = certificate.environment
+        why = f"{path} carries no identity (made on {made.date[:10]}, by URL or before there were any)"
+        why = f"{why}; certify again here: {made.command}"
         return CertificateCheck(
             applies=None, verdict=certificate.verdict, expected=None, got=None, differing=[], unknown=[why]
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from laguna_serve.bench import certify
 from laguna_serve.bench.arms.options import make_spec
 from laguna_serve.bench.certificate import identity
+from laguna_serve.bench.certificate.check import EXAMPLES
 from laguna_serve.bench.certificate.identity import NOT_HERE, list_variables, make_identity
 from laguna_serve.bench.certificate.result import Certificate
 from laguna_serve.bench.certificate.subject import find_identity
@@ -164,7 +166,13 @@ def test_identity_changes_with_how_the_arms_are_set(certificate: Path, models: P
 def test_certificate_without_an_identity_says_so(check: Any) -> None:
     status, lines = check(file=OLD)
     assert status == 2
-    assert "carries no identity" in lines[1]
+    assert "carries no identity (made on 2026-11-21, " in lines[1]
+    assert "; certify again here: python bench/certify.py --model tests/toy/teacher " in lines[1]
+
+
+def test_certificate_of_the_help_has_an_identity() -> None:
+    (path,) = re.findall(r"--check (bench/results/\S+)", EXAMPLES)
+    assert read_result(ROOT / path, Certificate).identity is not None
 
 
 def test_file_that_is_no_certificate_is_refused(check: Any, tmp_path: Path) -> None:
