@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from laguna_serve.bench.stats.quartiles import find_quartiles
 from laguna_serve.serving.client.exposition import read_samples
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.machine.local_http import OK, ask_engine
 
 OWN_TIME = "laguna_gateway_added_chunk_seconds_"
 
@@ -82,10 +82,19 @@ def measure_load(
 
 
 def read_own_time(host: str, port: int) -> tuple[float, float]:
-    """Read the gateway's own time over all chunks of answers so far, in seconds, and how many there were."""
-    request = urllib.request.Request(f"http://{host}:{port}/metrics", headers={"Authorization": f"Bearer {KEY}"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=START_S) as answer:
-        samples = read_samples(answer.read().decode())
+    """Read the gateway's own time over all chunks of answers so far, in seconds, and how many there were.
+
+    Raises:
+        EngineError: it does not say.
+    """
+    address = f"http://{host}:{port}"
+    try:
+        status, answer = ask_engine(address, "/metrics", timeout_s=START_S, api_key=KEY)
+    except OSError as error:
+        raise EngineError(f"{address}/metrics: expected an answer, got {error}; is the gateway up?") from None
+    if status != OK:
+        raise EngineError(f"{address}/metrics: expected the gateway's metrics, got HTTP {status}; is it the gateway?")
+    samples = read_samples(answer.decode())
     seconds, chunks = (
         sum(sample.value for sample in samples if sample.name == OWN_TIME + kind) for kind in ("sum", "count")
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +18,12 @@ from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.run import open_background
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.machine.local_http import OK, ask_engine
 from laguna_serve.serving.machine.processes import read_cpu_s
 
-UPDATE_S = 600.0
+UPDATE_PATH, UPDATE_S = "/admin/update_weights", 600.0
+# Of an answer that is no report.
+MAX_SHOWN = 300
 # Requests beyond those that run wait in the engine, which batches them; the gateway only counts them.
 IN_FLIGHT = 4096
 
@@ -80,22 +81,26 @@ class TrainingService:
             body["draft_version"] = draft.version
             body["draft_update"] = [{"folder": str(draft.folder.resolve()), "sha256": draft.sha256}]
             body["rollback"]["draft_update"] = [{"folder": str(previous_draft.folder.resolve())}]
-        data = json.dumps(body).encode()
-        url = f"{self.admin_url}/admin/update_weights"
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=UPDATE_S) as response:
-                json.load(response)
-        except urllib.error.HTTPError as error:
-            answer = json.loads(error.read() or b"{}")
-            cause = answer.get("error", "")  # words in a report, an object where it was not even tried
-            outcome = f"{answer.get('outcome', error.code)}: {cause['message'] if isinstance(cause, dict) else cause}"
-            raise UpdateRefusedError(
-                f"version {version}: expected it to be served, got {outcome}; see {folder}"
-            ) from None
+            status, answer = ask_engine(self.admin_url, UPDATE_PATH, body, method="POST", timeout_s=UPDATE_S)
         except OSError as error:
-            raise UpdateRefusedError(f"{url}: expected an answer, got {error}; see the engine's log") from None
+            got = f"got {error}; see the engine's log"
+            raise UpdateRefusedError(f"{self.admin_url}{UPDATE_PATH}: expected an answer, {got}") from None
+        if status != OK:
+            outcome = describe_refusal(status, answer)
+            raise UpdateRefusedError(f"version {version}: expected it to be served, got {outcome}; see {folder}")
+
+
+def describe_refusal(status: int, answer: bytes) -> str:
+    """Describe why an update was not taken, by the gateway's report, or what else has answered."""
+    try:
+        report = json.loads(answer)
+    except ValueError:
+        report = None
+    if not isinstance(report, dict):
+        return f"HTTP {status}: {answer[:MAX_SHOWN].decode(errors='replace')}"
+    cause = report.get("error", "")  # words in a report, an object where it was not even tried
+    return f"{report.get('outcome', status)}: {cause.get('message', '') if isinstance(cause, dict) else cause}"
 
 
 @contextmanager
