@@ -32,7 +32,7 @@ from laguna_serve.serving.gateway.residence.model import OwnedModel, State
 from laguna_serve.serving.gateway.run import Background, open_background
 from laguna_serve.serving.gateway.wire.headers import HOP_BY_HOP, NOT_FORWARDED, REQUEST_ID
 from laguna_serve.serving.kit.results import JsonObject
-from laguna_serve.serving.machine.cache import find_own_cache
+from laguna_serve.serving.supervision.default_logs import find_replica_log
 
 POLL_S = 0.2
 # A replica that has taken as many versions while it started has a trainer that is faster than it.
@@ -243,7 +243,7 @@ class Replica:
 def make_gateway(name: str, engine: OwnedEngine, replica: str) -> Config:
     """Make the configuration of a replica's gateway: one pinned engine, on the loopback address."""
     table: JsonObject = engine.model_dump(exclude_defaults=True)
-    table |= {"pinned": True, "log": str(find_own_cache() / f"ray-{replica}.log")}
+    table |= {"pinned": True, "log": str(find_replica_log(replica))}
     tables: JsonObject = {
         "server": {"port": 0, "shutdown_timeout_s": MARGIN_S},
         # Ray counts what a replica has; nothing is turned away behind it.

@@ -20,7 +20,6 @@ from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, find_
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag
 from laguna_serve.serving.kit.results import to_json
-from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.local_http import LOOPBACK
 from laguna_serve.serving.planning.diffusion.plan import format_diffusion, plan_diffusion
 from laguna_serve.serving.planning.engine_config import DEFAULT_HOST, DEFAULT_PORT
@@ -33,6 +32,7 @@ from laguna_serve.serving.service.api_keys import read_keys
 from laguna_serve.serving.service.front import FrontSettings, check_front
 from laguna_serve.serving.service.service import DIED, serve
 from laguna_serve.serving.speculation.adaptive import describe_adaptive
+from laguna_serve.serving.supervision.default_logs import find_serve_log
 
 DESCRIPTION = "Serve a Laguna model, with a DFlash drafter if one is given, behind an OpenAI-compatible API."
 EPILOG = """examples:
@@ -205,7 +205,7 @@ def run(config: ServeConfig) -> int:
         service.engine,
         service.gateway,
         service.api_key,
-        config.log or default_log_path(service.port or 0),
+        config.log or find_serve_log(service.port or 0),
         restart=config.restart,
         greet=format_greeting,
     )
@@ -278,11 +278,6 @@ def rehearse(config: EngineConfig, api_key: str | None) -> EnginePlan:
         return refuse_unknown_flags(replace(plan, command=tuple(plan_launch(config, api_key).command)))
     except EngineError as error:  # the plan may have said so already
         return replace(plan, command=(), refusals=tuple(dict.fromkeys((*plan.refusals, str(error)))))
-
-
-def default_log_path(port: int) -> Path:
-    """One file per port: a later server on the same port overwrites it."""
-    return find_own_cache() / f"serve-{port or os.getpid()}.log"
 
 
 def format_greeting(engine: Engine, url: str, status: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -18,8 +19,9 @@ import pytest
 from serving_fakes import LAGUNA, read_pids, read_url, serving, wait_until_gone
 
 from laguna_serve.serving.cli import COMMANDS, main
-from laguna_serve.serving.commands.serve import ServeConfig, default_log_path, engine_config
+from laguna_serve.serving.commands.serve import ServeConfig, engine_config
 from laguna_serve.serving.kit.flags import FlagError, read_flags
+from laguna_serve.serving.supervision.default_logs import find_replica_log, find_serve_log
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
 
@@ -141,7 +143,15 @@ def test_flags_that_vllm_does_not_know_are_refused_by_every_plan(
 
 def test_log_lies_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_log_path(8001) == tmp_path / "laguna-serve" / "serve-8001.log"
+    assert find_serve_log(8001) == tmp_path / "laguna-serve" / "serve-8001.log"
+    folder = tmp_path / "laguna-serve"
+    folder.mkdir()
+    for number in range(30):
+        for prefix in ("serve-pid-", "ray-"):
+            (folder / f"{prefix}{number}.log").write_text("")
+    assert find_serve_log(0) == folder / f"serve-pid-{os.getpid()}.log"
+    assert find_replica_log("r#1") == folder / "ray-r#1.log"
+    assert len(list(folder.glob("serve-pid-*"))) == len(list(folder.glob("ray-*"))) == 20
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 from serving_fakes import post
 
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError
+from laguna_serve.serving.supervision.default_logs import drop_oldest
 from laguna_serve.serving.supervision.log_file import LogWriter, rotate
 
 
@@ -77,6 +78,19 @@ def test_a_long_log_is_moved_aside(tmp_path: Path, told: list[str]) -> None:
     assert path.read_bytes() == b"823456\n"
     assert (tmp_path / "log.1").read_bytes() == b"623456\n723456\n"
     assert told == []
+
+
+def test_logs_named_by_a_process_do_not_pile_up(tmp_path: Path) -> None:
+    for number in range(6):
+        for name in (f"ray-{number}.log", f"ray-{number}.log.1", f"serve-{number}.log"):
+            (tmp_path / name).write_text("")
+            os.utime(tmp_path / name, (0, number))
+    os.utime(tmp_path / "ray-1.log", (0, 100))  # written to last
+    drop_oldest(tmp_path, "ray-", 2)
+    kept = {"ray-1.log", "ray-1.log.1", "ray-5.log", "ray-5.log.1"}
+    assert {path.name for path in tmp_path.glob("ray-*")} == kept
+    assert len(list(tmp_path.glob("serve-*"))) == 6
+    drop_oldest(tmp_path / "none", "ray-")
 
 
 def test_devices_are_not_moved() -> None:
