@@ -8,13 +8,22 @@ What is in the configuration: serving/cluster/cluster.example.toml; what for: do
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
+import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from laguna_serve.serving.cluster.config import ClusterConfig, ClusterModel, Replicas, load_cluster, parse_cluster
+from laguna_serve.serving.cluster.config import (
+    ClusterConfig,
+    ClusterModel,
+    Replicas,
+    list_waiting,
+    load_cluster,
+    parse_cluster,
+)
 from laguna_serve.serving.cluster.ingress import Ingress
 from laguna_serve.serving.cluster.keeper import WeightKeeper
 from laguna_serve.serving.cluster.replica import MARGIN_S, Replica
@@ -27,6 +36,7 @@ PREFIX_ROUTER = "ray.serve.llm.request_router:PrefixCacheAffinityRouter"
 # Beyond so many requests more in one replica than in another, load goes before prefixes.
 IMBALANCE = 16
 MAX_PREFIX_CHARS = 4_000_000
+log = logging.getLogger("ray.serve")
 
 
 def build(args: JsonObject) -> serve.Application:
@@ -37,6 +47,9 @@ def build(args: JsonObject) -> serve.Application:
     """
     given = dict(args)
     config = load_cluster(Path(given["config"])) if set(given) == {"config"} else parse_cluster(given, "args")
+    if ray.is_initialized():  # Ray itself says after half a minute what it waits for
+        for line in list_waiting(config, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+            log.warning(line)
     return build_app(config)
 
 

@@ -5,6 +5,7 @@ cluster.example.toml, beside this file, has every key that is not an engine's; t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -102,6 +103,21 @@ class ClusterConfig(ConfigTable):
                 "expected weights.file beside weight_updates: a new replica reads there what it must serve"
             )
         return self
+
+
+def list_waiting(config: ClusterConfig, machines: Sequence[Mapping[str, float]]) -> list[str]:
+    """List the models whose replicas fit no machine, by what Ray counts of each; they wait until one joins."""
+    lines = []
+    for model in config.models:
+        wanted = {"CPU": model.replicas.num_cpus, "GPU": model.replicas.num_gpus}
+        if any(all(machine.get(kind, 0.0) >= count for kind, count in wanted.items()) for machine in machines):
+            continue
+        expected = " and ".join(f"{kind} {count:g}" for kind, count in wanted.items())
+        found = [" and ".join(f"{kind} {machine.get(kind, 0.0):g}" for kind in wanted) for machine in machines]
+        had = ", ".join(dict.fromkeys(found))
+        remedy = "its replicas wait until one joins; correct num_cpus and num_gpus if none will"
+        lines.append(f"model {model.name}: expected a machine with {expected}, got {had or 'none'}; {remedy}")
+    return lines
 
 
 def load_cluster(path: Path) -> ClusterConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from laguna_serve.serving.cluster.config import load_cluster, parse_cluster
+from laguna_serve.serving.cluster.config import list_waiting, load_cluster, parse_cluster
 from laguna_serve.serving.cluster.messages import NewWeights, Version, read_prompt
 from laguna_serve.serving.gateway.config import ConfigError
 
@@ -73,6 +73,19 @@ def test_fewer_than_the_fewest_replicas_is_refused() -> None:
     given["models"][0]["replicas"] = {"min_replicas": 3, "max_replicas": 2}
     with pytest.raises(ConfigError, match=r"max_replicas of at least min_replicas, 3, got 2"):
         parse_cluster(given, "here")
+
+
+def test_replicas_that_fit_no_machine_are_named() -> None:
+    given = tables()
+    given["models"][0]["replicas"] = {"num_cpus": 4.0, "num_gpus": 1.0}
+    config = parse_cluster(given, "here")
+    machines = [{"CPU": 2.0, "GPU": 1.0, "memory": 1e9}, {"CPU": 8.0}]
+    (line,) = list_waiting(config, machines)
+    assert line.startswith(
+        "model teacher: expected a machine with CPU 4 and GPU 1, got CPU 2 and GPU 1, CPU 8 and GPU 0; "
+    )
+    assert list_waiting(config, [*machines, {"CPU": 4.0, "GPU": 2.0}]) == []
+    assert "got none; " in list_waiting(config, [])[0]
 
 
 def test_an_update_of_the_drafter_leaves_the_models_weights() -> None:
