@@ -17,8 +17,10 @@ from laguna_serve.serving.kit.environment import read_versions
 from laguna_serve.serving.kit.errors import CommandError
 
 EPILOG = """examples:
-  laguna doctor
-  laguna serve tests/toy/teacher --draft tests/toy/dflash
+  laguna doctor                                              (is everything in place? if not, what to do)
+  laguna doctor tests/toy/teacher                            (what serving a model would take; starts nothing)
+  laguna serve tests/toy/teacher --draft tests/toy/dflash    (http://127.0.0.1:8000/v1, until Ctrl-C)
+  laguna gateway --example                                   (every setting of a gateway, and what it does)
 
 `laguna COMMAND --help` has more.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -28,10 +29,12 @@ EPILOG = """examples:
   laguna gateway --config gateway.toml --workers 4    (for hundreds of streams: one process has one core)
 
 The status page, and the routes that pause engines and give them new weights, are on the admin port that is printed
-(on this machine only, unless the file says otherwise).
+(on this machine only, unless the file says otherwise). What the gateway does is written to stderr; an engine of its own
+([models.engine]) writes to ~/.cache/laguna-serve/gateway-PORT-NAME.log.
 
-SIGHUP: read the file again, without dropping a request; where anything is wrong with it, one line says so and nothing
-changes. Addresses, certificates' paths and a few limits are read at the start alone: the line names those that differ.
+SIGHUP (kill -HUP to the process that is printed; systemctl reload laguna-gateway): read the file again, without
+dropping a request; where anything is wrong with it, one line says so and nothing changes. Addresses, certificates'
+paths and a few limits are read at the start alone: the line names those that differ.
 SIGTERM or Ctrl-C: no new requests, those in flight are finished (server.shutdown_timeout_s); a second one stops at
 once.
 
@@ -120,7 +123,8 @@ def run_gateway(config: GatewayCommandConfig, early: Sequence[int] = ()) -> Gate
     names = ", ".join(model.name for model in gateway.models)
 
     def announce(url: str, admin: str) -> None:
-        print(f"gateway at {url} for {names}, status at {admin}  (Ctrl-C stops it)", flush=True)
+        where = f"gateway at {url} for {names}, status at {admin}"
+        print(f"{where}  (process {os.getpid()}; Ctrl-C stops it)", flush=True)
         tell_ready()
         if early:  # perhaps after the file had been read
             signal.raise_signal(signal.SIGHUP)

@@ -41,7 +41,7 @@ LIST_EXAMPLES = """examples:
   laguna keys list --file keys.toml
 """
 REVOKE_EXAMPLES = """examples:
-  laguna keys revoke agents --file keys.toml && kill -HUP "$GATEWAY"
+  laguna keys revoke agents --file keys.toml && kill -HUP "$GATEWAY"    (the process that laguna gateway prints)
 """
 File = Annotated[Path, Flag("of the keys: access.keys_file of gateway.toml", metavar="FILE")]
 Named = Annotated[str, Flag("of the key, in logs, metrics and usage", positional=True, metavar="NAME")]

@@ -59,10 +59,13 @@ class ModelOptions:
         str, Flag("bfloat16, float32, … (default: the checkpoint's; float32 on a CPU that multiplies it faster)")
     ] = "auto"
     max_model_len: Annotated[
-        int | None, Flag("longest sequence in tokens (default: the model's, on a GPU what fits)")
+        int | None,
+        Flag("longest sequence, prompt and answer, in tokens (default: the model's, on a GPU what fits)", metavar="N"),
     ] = None
-    max_num_seqs: Annotated[int, Flag("sequences together (default: 64)")] = 64
-    kv_cache_gib: Annotated[float | None, Flag("size of the KV cache (default: from the free memory)")] = None
+    max_num_seqs: Annotated[int, Flag("requests that are computed together; more wait (default: 64)", metavar="N")] = 64
+    kv_cache_gib: Annotated[
+        float | None, Flag("size of the KV cache in GiB (default: from the free memory)", metavar="GIB")
+    ] = None
     eager: Annotated[bool, Flag("no compilation: quick to start, slow to run")] = False
     prefix_caching: Annotated[bool, Flag("do not reuse equal prompt beginnings")] = True
     tool_call_parser: Annotated[

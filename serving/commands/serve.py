@@ -34,7 +34,9 @@ from laguna_serve.serving.service.service import DIED, serve
 from laguna_serve.serving.speculation.adaptive import describe_adaptive
 from laguna_serve.serving.supervision.default_logs import find_serve_log
 
-DESCRIPTION = "Serve a Laguna model, with a DFlash drafter if one is given, behind an OpenAI-compatible API."
+DESCRIPTION = """Serve a Laguna model, with a DFlash drafter if one is given, behind an OpenAI-compatible API.
+
+What stands behind a bare -- goes to the engine unchanged: vLLM's own flags."""
 EPILOG = """examples:
   laguna serve poolside/Laguna-XS.2
   laguna serve tests/toy/teacher --draft tests/toy/dflash --gamma max --port 8001
@@ -152,7 +154,9 @@ class ServeConfig(ModelOptions):
         ),
     ] = False
     seed: Annotated[int, Flag("sampling seed (default: 0)", at_least=0, at_most=MOST_SEED)] = 0
-    log: Annotated[Path | None, Flag("vLLM's log (default: in the user's cache folder, by port)")] = None
+    log: Annotated[
+        Path | None, Flag("engine's log (default: ~/.cache/laguna-serve/serve-PORT.log)", metavar="FILE")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,9 @@ def test_sighup_before_it_listens_is_a_reload_and_no_end(tmp_path: Path, workers
         try:
             wait_until(lambda: bool(int(status.read_text().partition("SigCgt:")[2].split()[0], 16) & 1), 20)
             server.send_signal(signal.SIGHUP)
-            assert server.stdout.readline().startswith("gateway at ")
+            line = server.stdout.readline()
+            assert line.startswith("gateway at ")
+            assert f"(process {server.pid}; " in line
             assert any("configuration read again" in line for line in server.stderr)
             server.send_signal(signal.SIGTERM)
             assert server.wait(10) == 0
