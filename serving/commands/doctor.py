@@ -22,7 +22,7 @@ import msgspec
 from laguna_serve.kernels.isa import multiplies_bf16
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, read_model_flags
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result
 from laguna_serve.serving.kit.environment import EnvironmentDevice, describe_device
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag
@@ -45,7 +45,7 @@ DESCRIPTION = (
     "With a model: what it is, whether the device runs it, what it takes, how long its context can be, and the command."
 )
 EPILOG = """examples:
-  laguna doctor            a table, then the same as one JSON line
+  laguna doctor            a table (about ten seconds); where stdout is no terminal, then the same as one JSON line
   laguna doctor --json     the JSON line alone
   laguna doctor poolside/Laguna-XS.2 --draft poolside/Laguna-XS.2-speculator.dflash --gamma 7
   laguna doctor --deployment gateway.toml
@@ -203,9 +203,8 @@ def plan_model(config: DoctorConfig) -> EnginePlan | DiffusionPlanResult:
 
 
 def _print(text: str, result: msgspec.Struct, config: DoctorConfig) -> None:
-    if not config.only_json:
-        print(text)
-    print(json.dumps(to_json(result)))
+    line = to_json(result)
+    print(json.dumps(line)) if config.only_json else print_result(text, line, None, always_json=False)
 
 
 def run_probe() -> ProbeReport:

@@ -17,7 +17,7 @@ from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, read_model_flags
 from laguna_serve.serving.commands.serve_several import run_several
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, find_port, require_port
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, print_result
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.local_http import LOOPBACK
@@ -195,13 +195,11 @@ def run(config: ServeConfig) -> int:
         print(f"warning: {service.host}: everybody who can reach it may ask; give --api-key", file=sys.stderr)
     if config.dry_run and (diffusion := find_diffusion(config.model)) is not None:
         planned = plan_diffusion(service.engine, diffusion, require_device())
-        print(format_diffusion(planned))
-        print(json.dumps(to_json(planned)))
+        print_result(format_diffusion(planned), to_json(planned), None, always_json=False)
         return HELD if planned.ok else COULD_NOT_RUN
     if config.dry_run:
         plan = rehearse(service.engine, service.api_key)
-        print(format_plan(plan))
-        print(json.dumps(to_json(describe_plan(plan))))
+        print_result(format_plan(plan), to_json(describe_plan(plan)), None, always_json=False)
         return COULD_NOT_RUN if plan.refusals else HELD
     if service.engine.adaptive:
         print(f"--gamma adaptive: {describe_adaptive(require_device())}", file=sys.stderr)

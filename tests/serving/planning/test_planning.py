@@ -339,6 +339,15 @@ def test_pruning_packed_experts_is_refused(tmp_path: Path, name: str, kind: str)
         plan(name, keep_mask=mask, group_indices=mask)
 
 
+def test_terminal_gets_no_json_line_unless_it_asks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    asked = [folder("Laguna-XS.2"), "--as-device", "h200"]
+    assert not any(line.startswith("{") for line in doctor(capsys, *asked)[1])
+    assert doctor(capsys, *asked, "--json")[1][-1].startswith("{")
+
+
 def test_refused_plan_for_a_cpu_does_not_say_what_was_never_divided() -> None:
     text = format_plan(make_plan(EngineConfig(folder("Laguna-XS.2-FP8")), CPU, planned=True))
     assert "weights 32.9 GiB by config.json\n" in text
