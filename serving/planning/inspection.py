@@ -8,6 +8,7 @@ from pathlib import Path
 
 from laguna_serve.plugins.formats.experts import FP8, PLAIN, StoredExperts
 from laguna_serve.plugins.layers import SPARSE
+from laguna_serve.serving.chat.generation import check_generation
 from laguna_serve.serving.chat.release import assume_release, read_release
 from laguna_serve.serving.chat.vendor_defaults import (
     NO_CONTRACT,
@@ -102,6 +103,7 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         "--return-routed-experts": config.return_routed_experts,
     }
     warnings = served.check(config.model, asked)
+    _check_generation(config, target_folder)
     if config.draft is not None and served.unplanned:
         warnings.append(f"{config.draft}: not checked whether it fits {served.other}, as {served.unplanned}")
     draft_folder = find_folder(config.draft) if config.draft is not None else None
@@ -144,6 +146,15 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         other=served.other,
         unplanned=served.unplanned,
     )
+
+
+def _check_generation(config: EngineConfig, folder: Path | None) -> None:
+    """Check the generation_config.json that vLLM reads; with --generation-config vllm it takes the ends alone."""
+    source = find_value(config.extra_args, "--generation-config") or "auto"
+    if source not in ("auto", "vllm"):
+        folder = Path(source).expanduser()
+    if folder is not None:
+        check_generation(folder, sampling=source != "vllm")
 
 
 def _check_length(config: EngineConfig, target: Target, fields: ConfigJson) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from laguna_serve.serving.chat.generation import check_generation
 from laguna_serve.serving.chat.template import read_template
 from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError
@@ -40,6 +41,7 @@ def build_diffusion_command(config: EngineConfig, model: DiffusionModel, port: i
     from laguna_serve.plugins.diffusion.server.options import parse_options, require_torchao
 
     check_flags(config)
+    check_generation(model.folder, sampling=False)
     command = [str(model.folder), "--host", config.host, "--port", str(port)]
     command += ["--served-model-name", config.model_name, "--dtype", config.dtype]
     command += ["--max-num-seqs", str(config.max_num_seqs)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,14 @@ def test_other_models_are_left_to_vllm(target: Path, monkeypatch: pytest.MonkeyP
     assert find_diffusion("poolside/Laguna-XS.2") is None
     with pytest.raises(CheckpointError, match="hf download GSAI-ML/LLaDA-8B-Instruct"):
         find_diffusion("GSAI-ML/LLaDA-8B-Instruct")
+
+
+def test_ends_that_are_no_tokens_are_seen_before_a_start(llada: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(llada, odd)
+    (odd / "generation_config.json").write_text('{"eos_token_id": {}, "temperature": "unread"}')
+    with pytest.raises(EngineError, match="expected eos_token_id to be a token id, or a list of them, got {}"):
+        plan_launch(EngineConfig(str(odd)))
 
 
 def test_missing_files_are_seen_before_a_start(llada: Path, tmp_path: Path) -> None:
