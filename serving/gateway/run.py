@@ -160,7 +160,9 @@ def make_admin_settings(app: FastAPI, config: Config) -> uvicorn.Config:
         create_admin_app(lambda: find_services(app), admin),
         host=admin.host,
         port=admin.port,
-        http=make_admin_protocol(config.server.max_head_bytes, lambda: find_services(app).relay),
+        http=make_admin_protocol(
+            config.server.header_timeout_s, config.server.max_head_bytes, lambda: find_services(app).relay
+        ),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -1,23 +1,56 @@
-"""The admin port's HTTP protocol: uvicorn's, with bodies as large as the gateway's clients may send."""
+"""The admin port's HTTP protocol: uvicorn's, with bodies as large as the gateway's clients may send, and as slow."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from laguna_serve.serving.gateway.clients import refusals
 from laguna_serve.serving.gateway.clients.answer import LINGER_S
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
+from laguna_serve.serving.gateway.clients.timer import LazyTimer
 from laguna_serve.serving.gateway.relay.relay import Relay
+from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.codings import check_codings
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.headers import read_length
+
+# What a connection's timer is set for.
+NOTHING, HEAD, BODY = range(3)
 
 
 class AdminProtocol(StrictProtocol):
     """One connection of a client of the admin port."""
 
+    header_timeout_s = 10.0
     find_relay: Callable[[], Relay]
     _body_bytes = 0
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._timer = LazyTimer(self.loop, self._give_up)
+        self._awaited = NOTHING
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Await the first head from here."""
+        super().connection_made(transport)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of a client that is gone; its timer, too."""
+        self._timer.close()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of requests, and await what is missing."""
+        super().data_received(data)
+        self._watch()
+
+    def note_head(self) -> None:
+        """Note that a head is there: what is awaited now is waited for from now on."""
+        super().note_head()
+        self._awaited = NOTHING
 
     def on_headers_complete(self) -> None:
         """Note that the head is there; the application does not see one whose body is refused."""
@@ -55,6 +88,34 @@ class AdminProtocol(StrictProtocol):
         else:
             super().on_request_complete()
 
+    def _watch(self) -> None:
+        """Set the timer for what is awaited, as the public port does; the time between two requests is uvicorn's."""
+        if self.lingering or self.transport.is_closing():
+            awaited, within_s = NOTHING, 0.0
+        elif self._head_bytes is not None:
+            awaited, within_s = HEAD, self.header_timeout_s
+        elif self.is_receiving():
+            awaited, within_s = BODY, self.find_relay().config.server.body_timeout_s
+        else:
+            awaited, within_s = NOTHING, 0.0
+        if awaited != self._awaited:
+            self._awaited = awaited
+            if awaited == NOTHING:
+                self._timer.stop()
+            else:
+                self._timer.start(within_s)
+
+    def _give_up(self) -> None:
+        """Give up: what was awaited has not come."""
+        awaited, self._awaited = self._awaited, NOTHING
+        busy = self.cycle is not None and not self.cycle.response_complete
+        if awaited == BODY:
+            self._refuse_body(errors.body_too_slow(), begun=True)
+        elif awaited == HEAD and busy:
+            self._watch()  # nothing can be said while an earlier request is answered
+        elif awaited == HEAD:
+            self.refuse(refusals.head_too_slow())
+
     def _refuse_body(self, error: GatewayError, *, begun: bool = False) -> None:
         """Refuse a body, which may still come for a while; `begun`: the application has its head, and waits for it."""
         self.note_head()
@@ -72,7 +133,13 @@ class AdminProtocol(StrictProtocol):
         self.loop.call_later(LINGER_S, self.transport.close)
 
 
-def make_admin_protocol(max_head_bytes: int, find_relay: Callable[[], Relay]) -> type[AdminProtocol]:
+def make_admin_protocol(
+    header_timeout_s: float, max_head_bytes: int, find_relay: Callable[[], Relay]
+) -> type[AdminProtocol]:
     """Make a class with the gateway's bounds."""
-    given = {"max_head_bytes": max_head_bytes, "find_relay": staticmethod(find_relay)}
+    given = {
+        "header_timeout_s": header_timeout_s,
+        "max_head_bytes": max_head_bytes,
+        "find_relay": staticmethod(find_relay),
+    }
     return type("BoundAdminProtocol", (AdminProtocol,), given)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
 import select
 import socket
+import time
 from typing import Any
 
 import pytest
 from gateway_engine import RlEngine
-from gateway_fakes import Gateway, Reply, Upstream, gateway, read_reply, wait_until
+from gateway_fakes import Exchange, Gateway, Reply, Upstream, gateway, read_reply, wait_until
 from raw_requests import JSON, OFFER, PATH, WHOLE, ask, chunked, post
 
 from laguna_serve.serving.gateway.relay.journal import logger as journal_logger
@@ -98,7 +100,50 @@ def test_head_that_is_too_large_or_too_slow_is_told_in_json() -> None:
         for port in (front.port, front.admin_port):
             reply, _ = send(port, ask("GET", "/v1/x", f"x-long: {'a' * 8192}")[:-2])
             assert read_error(reply) == (431, "invalid_request_error", "headers_too_large")
-        assert read_error(send(front.port, b"GET /v1/x HT")[0]) == (408, "timeout_error", "request_timeout")
+        for port in (front.port, front.admin_port):
+            for begun in (b"", b"GET / HTTP/1.1\r\nhost: x\r\nx-slow: "):
+                reply, more = send(port, begun)
+                assert read_error(reply) == (408, "timeout_error", "request_timeout")
+                assert (reply.header("connection"), more) == ("close", b"")
+
+
+@pytest.mark.slow
+def test_admin_head_behind_an_answer_has_as_long() -> None:
+    with (
+        RlEngine() as engine,
+        gateway(engine, server={"header_timeout_s": 0.5}) as front,
+        socket.create_connection(("127.0.0.1", front.admin_port), timeout=10) as client,
+    ):
+        file = client.makefile("rb")
+        for _ in range(3):
+            client.sendall(admin(ask("GET", "/is_paused"))[:20])
+            time.sleep(0.3)
+            client.sendall(admin(ask("GET", "/is_paused"))[20:])
+            assert read_reply(client, file).status == 200
+        client.sendall(b"GET /is_paused HT")
+        assert read_error(read_reply(client, file)) == (408, "timeout_error", "request_timeout")
+        assert file.read() == b""
+
+
+def test_admin_body_that_does_not_come_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laguna_serve.serving.gateway.clients.admin_http.LINGER_S", 0.1)
+    with RlEngine() as engine, gateway(engine, server={"body_timeout_s": 0.2}) as front:
+        request = admin(ask("POST", "/sleep", "content-type: application/json\r\ncontent-length: 10\r\n"))
+        reply, more = send(front.admin_port, request, b"{")
+        assert (reply.status, more) == (408, b"")
+        assert engine.seen == []
+
+
+def test_admin_work_outlives_the_time_limits_of_heads_and_bodies() -> None:
+    async def take_long(exchange: Exchange) -> None:
+        await asyncio.sleep(0.3)
+        await exchange.answer(b"{}")
+
+    limits = {"header_timeout_s": 0.1, "body_timeout_s": 0.1}
+    with RlEngine() as engine, gateway(engine, server=limits) as front:
+        engine.handlers["/sleep"] = take_long
+        reply, _ = send(front.admin_port, admin(post("connection: close\r\n", b"{}", target="/sleep")))
+        assert reply.status == 200
 
 
 def test_client_too_many_is_told_in_json() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -298,6 +299,16 @@ def test_client_that_leaves_aborts_the_engine_within_100_ms() -> None:
             left = time.monotonic()
         wait_until(lambda: bool(engine.gone))
         assert engine.gone[0] - left < 0.1
+        front.wait_idle()
+
+
+def test_client_that_closes_its_sending_half_counts_as_gone() -> None:
+    """A closed connection looks the same until something is written, and an answer for nobody takes a slot."""
+    with Upstream({COMPLETIONS: hold}) as engine, gateway(engine) as front, front.connect() as connection:
+        connection.sendall(make_request(COMPLETIONS, BODY))
+        assert connection.recv(1)
+        connection.shutdown(socket.SHUT_WR)
+        wait_until(lambda: bool(engine.gone))
         front.wait_idle()
 
 

@@ -156,7 +156,7 @@ def test_ends_that_are_no_tokens_are_seen_before_a_start(llada: Path, tmp_path: 
     odd = tmp_path / "odd"
     shutil.copytree(llada, odd)
     (odd / "generation_config.json").write_text('{"eos_token_id": {}, "temperature": "unread"}')
-    with pytest.raises(EngineError, match="expected eos_token_id to be a token id, or a list of them, got {}"):
+    with pytest.raises(EngineError, match=r"expected eos_token_id to be a token id, or a list of them, got \{\}"):
         plan_launch(EngineConfig(str(odd)))
 
 
