@@ -60,9 +60,15 @@ class ModelOptions:
     ] = "auto"
     max_model_len: Annotated[
         int | None,
-        Flag("longest sequence, prompt and answer, in tokens (default: the model's, on a GPU what fits)", metavar="N"),
+        Flag(
+            "longest sequence, prompt and answer, in tokens (default: the model's, on a GPU what fits)",
+            metavar="N",
+            at_least=1,
+        ),
     ] = None
-    max_num_seqs: Annotated[int, Flag("requests that are computed together; more wait (default: 64)", metavar="N")] = 64
+    max_num_seqs: Annotated[
+        int, Flag("requests that are computed together; more wait (default: 64)", metavar="N", at_least=1)
+    ] = 64
     kv_cache_gib: Annotated[
         float | None, Flag("size of the KV cache in GiB (default: from the free memory)", metavar="GIB")
     ] = None

@@ -90,7 +90,7 @@ class ServeConfig(ModelOptions):
         ),
     ] = None
     host: Annotated[str | None, Flag(f"address to listen on (default: {DEFAULT_HOST})")] = None
-    port: Annotated[int | None, Flag(f"0 picks a free one (default: {DEFAULT_PORT})")] = None
+    port: Annotated[int | None, Flag(f"0 picks a free one (default: {DEFAULT_PORT})", at_least=0, at_most=65535)] = None
     served_model_name: Annotated[str | None, Flag("name in requests (default: the folder's name or the hub id)")] = None
     exact: Annotated[
         bool,
@@ -277,7 +277,8 @@ def rehearse(config: EngineConfig, api_key: str | None) -> EnginePlan:
     """Everything that is checked before a start, and the plan; nothing is started."""
     plan = make_plan(config, require_device())
     try:
-        return refuse_unknown_flags(replace(plan, command=tuple(plan_launch(config, api_key).command)))
+        command = tuple(plan_launch(config, api_key).command)
+        return refuse_unknown_flags(plan if plan.refusals else replace(plan, command=command))
     except EngineError as error:  # the plan may have said so already
         return replace(plan, command=(), refusals=tuple(dict.fromkeys((*plan.refusals, str(error)))))
 

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
@@ -264,17 +265,29 @@ def hold_port(host: str, port: int) -> socket.socket:
     Raises:
         EngineError: it is taken, or the address is none of this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family, place = _resolve(host, port)
     server = socket.socket(family, socket.SOCK_STREAM)
     try:
         # As uvicorn does: connections of an earlier server that still linger do not count.
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind((host, port))
+        server.bind(place)
     except OSError as error:
         server.close()
         remedy = "choose another port or stop what listens there"
         raise EngineError(f"port: expected {host}:{port} to be free, got {error.strerror or error}; {remedy}") from None
     return server
+
+
+def _resolve(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
+    """Resolve a host to the family and place of a socket: IPv4 where a name has both, as vLLM does."""
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:  # the latter of labels that are none
+        got = error.strerror if isinstance(error, socket.gaierror) else "no name of a host"
+        expected = "expected an address of this machine, or a name of it"
+        raise EngineError(f"host: {expected}, got {host}: {got}; choose another --host") from None
+    family, _, _, _, place = min(found)
+    return family, place
 
 
 def require_device() -> Device:
@@ -289,10 +302,6 @@ def require_device() -> Device:
     return device
 
 
-def _reachable(host: str) -> str:
-    return ALL_INTERFACES.get(host, host)
-
-
 def _format_url(host: str, port: int) -> str:
-    reachable = _reachable(host)
+    reachable = ALL_INTERFACES.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

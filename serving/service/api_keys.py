@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.files import expand
 from laguna_serve.serving.planning.launch import KEY_VARIABLES
 
 FILE_MARK = "@"
@@ -38,7 +38,7 @@ def describe_keys(keys: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _read_file(name: str) -> list[str]:
-    path = Path(name).expanduser()
+    path = expand(name)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ import msgspec
 from laguna_serve.serving.engine.keeper import Death
 from laguna_serve.serving.kit.results import JsonObject
 from laguna_serve.serving.planning.engine_config import DEFAULT_PORT
-from laguna_serve.serving.planning.launch import EngineError, require_port
+from laguna_serve.serving.planning.launch import EngineError, find_port, require_port
 from laguna_serve.serving.service.api_keys import describe_keys
 
 if TYPE_CHECKING:
@@ -97,12 +97,11 @@ def check_front(settings: FrontSettings) -> tuple[str, int, bool]:
     Returns where the gateway will listen, and whether it asks for a key.
 
     Raises:
-        EngineError: as `make_config`, or the port is taken.
+        EngineError: as `make_config`, or the port is taken, or the host none of this machine's.
     """
     config = make_config(settings, PLACEHOLDER)
     host, port = config.server.host, config.server.port
-    if port:
-        require_port(host, port)
+    require_port(host, port) if port else find_port(host)
     return host, port, config.asks_for_keys
 
 

@@ -19,8 +19,11 @@ import pytest
 from serving_fakes import LAGUNA, read_pids, read_url, serving, wait_until_gone
 
 from laguna_serve.serving.cli import COMMANDS, main
-from laguna_serve.serving.commands.serve import ServeConfig, engine_config
+from laguna_serve.serving.commands.serve import ServeConfig, engine_config, rehearse
+from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.flags import FlagError, read_flags
+from laguna_serve.serving.planning.launch import require_device
+from laguna_serve.serving.planning.plan import make_plan
 from laguna_serve.serving.supervision.default_logs import find_replica_log, find_serve_log
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
@@ -110,6 +113,12 @@ def test_a_python_caller_makes_the_same_configuration(target: Path, drafter: Pat
     assert read_serve(str(target), *flags) == made
     with pytest.raises(FlagError, match="--thinking: expected one of on, off, template, got perhaps"):
         ServeConfig(model="m", thinking="perhaps")  # type: ignore[arg-type]
+
+
+def test_rehearsal_that_is_refused_shows_no_command(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = replace(make_plan(EngineConfig(str(target)), require_device()), refusals=("no room",), command=())
+    monkeypatch.setattr("laguna_serve.serving.commands.serve.make_plan", lambda *_: refused)
+    assert rehearse(EngineConfig(str(target)), None) == refused
 
 
 @pytest.mark.slow
