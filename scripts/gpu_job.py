@@ -87,7 +87,7 @@ def fetch(source: str, ref: str | None, tree: Path) -> Path:
     Raises:
         JobError: it is no such thing, or not this project; CalledProcessError: its files are in Git's way.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir() and ref is None:
         found = path.resolve()
     elif path.is_file():

@@ -10,6 +10,7 @@ from typing import Annotated
 from laguna_serve.bench.experiments.step import PARTS, XS2, XS2_DRAFT, XS2_PRUNED, Part
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.checkpoint.digest import digest_checkpoint
+from laguna_serve.serving.kit.files import expand
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.run_dir import fingerprint
 
@@ -70,7 +71,7 @@ class CampaignConfig:
 
 def locate(name: str) -> str:
     """Give a folder's whole path; a hub id stays what it is."""
-    path = Path(name).expanduser()
+    path = expand(name)
     return str(path.absolute()) if path.is_dir() else name
 
 

@@ -16,6 +16,7 @@ from laguna_serve.bench.arms.arms import Arm
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.weight_files import read_headers
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.kit.files import expand
 
 TIMEOUT_S = 600.0
 
@@ -37,7 +38,7 @@ def open_versions(model: str | None, folders: Sequence[str]) -> dict[str, Path]:
     """
     versions: dict[str, Path] = {}
     for given in folders:
-        path = Path(given).expanduser().resolve()
+        path = expand(given).resolve()
         if not path.is_dir():
             raise CheckpointError(f"--versions {given}: expected a checkpoint folder, got none; check the path")
         if path.name in versions:

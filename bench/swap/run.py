@@ -36,7 +36,7 @@ from laguna_serve.serving.kit.environment import (
     current_argv,
     read_environment,
 )
-from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.files import expand, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
@@ -91,7 +91,7 @@ class SwapConfig:
     @property
     def names(self) -> dict[str, str]:
         """Find the checkpoint of each name in requests, which is its folder's."""
-        return {Path(model).expanduser().resolve().name: model for model in self.model}
+        return {expand(model).resolve().name: model for model in self.model}
 
     def make_table(self, model: str, log: str, sleep_level: int = 0) -> OwnedEngine:
         """Make a model's engine, whose log goes to a file of `out`."""

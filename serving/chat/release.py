@@ -10,6 +10,7 @@ from typing import Any
 
 from laguna_serve.serving.chat.template import Abilities, probe_template, read_object, read_template
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.files import expand
 
 # What the poolside_v1 reasoning parser looks up, and refuses to start without.
 REASONING_TOKENS = ("<assistant>", "<think>", "</think>")
@@ -67,7 +68,7 @@ def read_release(folder: Path, tokenizer: Path, chat_template: str | None = None
 def read_given_template(given: str) -> str:
     """Read the template in a file, or the text itself if it is one (vLLM: it holds a brace or a line break)."""
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
+        return expand(given).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         what = f"expected a file of UTF-8, got other bytes ({error.reason})"
         raise CheckpointError(f"chat template {given}: {what}; check the path") from None

@@ -6,12 +6,14 @@ Hugging Face cache is not checked: vLLM downloads it and decides.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 from pathlib import Path
 
-from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson
+from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, show
+from laguna_serve.serving.kit.files import expand
 from laguna_serve.serving.machine.cache import find_caches
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -26,8 +28,8 @@ def find_folder(name: str) -> Path | None:
     Raises:
         CheckpointError: a name that is neither an existing folder nor a hub id.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = expand(name)
+    if _is_readable_folder(path, name):
         return _open_cache_folder(path)
     if path.suffix == ".gguf":
         raise CheckpointError(f"{name}: expected a checkpoint folder or a hub id, got a GGUF file; {SAFETENSORS}")
@@ -40,6 +42,20 @@ def find_folder(name: str) -> Path | None:
             f"{name}: expected an existing folder or a hub id (org/name), got neither; check the path"
         )
     return find_cached_snapshot(name)
+
+
+def _is_readable_folder(path: Path, name: str) -> bool:
+    """Say whether there is such a folder.  Raises CheckpointError where that cannot be found out, or not be read."""
+    try:
+        path.stat()
+        got = None if not path.is_dir() or os.access(path, os.R_OK | os.X_OK) else os.strerror(errno.EACCES)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        got = error.strerror
+    if got is not None:
+        raise CheckpointError(f"{show(name)}: expected a folder that can be read, got {got}; check the path")
+    return path.is_dir()
 
 
 def require_folder(name: str, *, config_alone: bool = False) -> Path:
@@ -61,14 +77,14 @@ def require_folder(name: str, *, config_alone: bool = False) -> Path:
 
 def name_checkpoint(name: str) -> str:
     """Name a hub id as it is, a folder by its last part: where it lay is nobody's business."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.is_dir() else name
+    path = expand(name)
+    return path.resolve().name if os.path.isdir(path) else name
 
 
 def find_cached_snapshot(hub_id: str) -> Path | None:
     """Find the snapshot of a hub id's main branch in the local Hugging Face cache, or None."""
     home = Path(os.environ.get("HF_HOME") or find_caches() / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
+    hub = expand(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or str(home / "hub"))
     return _find_snapshot(hub / f"models--{hub_id.replace('/', '--')}")
 
 
@@ -132,5 +148,5 @@ def check_pruning_files(keep_mask: str | None, group_indices: str | None) -> Non
     for name, path in (("keep mask", keep_mask), ("group indices", group_indices)):
         if path is None and (keep_mask or group_indices):
             raise CheckpointError(f"{name}: expected a file beside {keep_mask or group_indices}, got none; pass both")
-        if path is not None and not Path(path).expanduser().is_file():
+        if path is not None and not os.path.isfile(expand(path)):
             raise CheckpointError(f"{name} {path}: expected a file, got none; check the path")

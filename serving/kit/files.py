@@ -23,6 +23,11 @@ class WriteError(OSError):
     """A file could not be written; one line that says which, why and what to do. Nothing is left of the attempt."""
 
 
+def expand(name: str) -> Path:
+    """Return the path of a name, whose ~ is a home; the home of somebody whom nobody knows stays as it is."""
+    return Path(os.path.expanduser(name))
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make the file at the path that it is given, then sync it and rename it to `path`.
 

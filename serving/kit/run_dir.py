@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import hash_file, is_no_file, write_text
+from laguna_serve.serving.kit.files import expand, hash_file, is_no_file, write_text
 
 NOTE = "settings.sha256"
 
@@ -126,7 +126,7 @@ def is_begun(folder: Path) -> bool:
 
 def fingerprint(path: str) -> str:
     """SHA-256 of a file, or of a checkpoint folder's config and the sizes and times of its weights; "" for a name."""
-    found = Path(path).expanduser()
+    found = expand(path)
     if found.is_file():
         return hash_file(found)
     if not found.is_dir():

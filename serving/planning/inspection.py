@@ -27,7 +27,7 @@ from laguna_serve.serving.checkpoint.drafter import Drafter, read_drafter
 from laguna_serve.serving.checkpoint.others import Served, read_served
 from laguna_serve.serving.checkpoint.parameters import estimate_drafter_bytes, estimate_held
 from laguna_serve.serving.checkpoint.weight_files import measure_weights
-from laguna_serve.serving.kit.files import load_array
+from laguna_serve.serving.kit.files import expand, load_array
 from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
 from laguna_serve.serving.machine.local_http import LOOPBACK
 from laguna_serve.serving.planning.engine_config import EngineConfig
@@ -139,7 +139,7 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
         else None,
         target_bytes=0 if target_folder is None else _weigh(target, target_folder),
         drafter_bytes=0 if drafter is None or draft_folder is None else _weigh_drafter(drafter, draft_folder),
-        local=all(Path(name).expanduser().is_dir() for name in (config.model, config.draft) if name is not None),
+        local=all(expand(name).is_dir() for name in (config.model, config.draft) if name is not None),
         warnings=tuple(warnings),
         chat=choose_chat(config, target_folder),
         configs=tuple(read_config(folder) for folder in folders),
@@ -152,7 +152,7 @@ def _check_generation(config: EngineConfig, folder: Path | None) -> None:
     """Check the generation_config.json that vLLM reads; with --generation-config vllm it takes the ends alone."""
     source = find_value(config.extra_args, "--generation-config") or "auto"
     if source not in ("auto", "vllm"):
-        folder = Path(source).expanduser()
+        folder = expand(source)
     if folder is not None:
         check_generation(folder, sampling=source != "vllm")
 
@@ -202,7 +202,7 @@ def mark_pruned(target: Target, keep_mask: str | None) -> Target:
     """Return the target with what a mask keeps of its experts; a misfit is left to who loads it."""
     if keep_mask is None:
         return target
-    marked, kept = replace(target, pruned=True), _count_kept(Path(keep_mask).expanduser())
+    marked, kept = replace(target, pruned=True), _count_kept(expand(keep_mask))
     if kept is None or len(kept[1]) != target.mlp_kinds.count(SPARSE) or target.expert_size % kept[0]:
         return marked
     groups, per_layer = kept

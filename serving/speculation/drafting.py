@@ -19,6 +19,7 @@ from laguna_serve.plugins.layers import SLIDING
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
 from laguna_serve.serving.checkpoint.drafter import SPECULATORS, Drafter, read_drafter
 from laguna_serve.serving.checkpoint.others import read_served
+from laguna_serve.serving.kit.files import expand
 from laguna_serve.serving.kit.results import JsonObject
 
 HALF_RANGE = ("float16", "half")
@@ -69,7 +70,7 @@ def open_drafter(folder: Path, name: str) -> Drafter:
     from laguna_serve.serving.checkpoint.drafter_weights import check_weights  # NumPy: not where nothing is drafted
 
     drafter = read_drafter(folder)
-    if Path(name).expanduser().is_dir() or next(folder.glob("*.safetensors"), None) is not None:
+    if expand(name).is_dir() or next(folder.glob("*.safetensors"), None) is not None:
         check_weights(folder, drafter)
     return drafter
 
@@ -194,4 +195,4 @@ def _last_part(name: str) -> str:
     for part in Path(name).parts:
         if part.startswith("models--"):
             return part.rpartition("--")[2].lower()
-    return Path(name).expanduser().resolve().name.lower()
+    return expand(name).resolve().name.lower()

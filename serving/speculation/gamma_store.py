@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.kit.files import write_text
+from laguna_serve.serving.kit.files import expand, write_text
 from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import find_device, find_vllm
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
@@ -102,5 +102,5 @@ def _place(model: str, draft: str) -> Path:
 
 def _name(checkpoint: str) -> str:
     """Name a folder by where it really lies, a hub id as it is."""
-    path = Path(checkpoint).expanduser()
+    path = expand(checkpoint)
     return str(path.resolve()) if path.is_dir() else checkpoint

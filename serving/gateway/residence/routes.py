@@ -7,13 +7,13 @@ only generate text and of masked diffusion that is known before the first load; 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.checkpoint.others import PLANNED, read_served
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.gateway.wire.paths import ANSWERED
+from laguna_serve.serving.kit.files import expand
 from laguna_serve.serving.machine.local_http import OK, ask_engine
 
 # Of vLLM 0.32 and 0.33.
@@ -67,7 +67,7 @@ def foresee(table: OwnedEngine) -> frozenset[str] | None:
     except (CheckpointError, OSError):
         return None  # it says so when it is started
     # Of a hub id the file above may be on the hub alone.
-    plain = served.other is None or (served.other in PLANNED and Path(table.model).expanduser().is_dir())
+    plain = served.other is None or (served.other in PLANNED and expand(table.model).is_dir())
     return POOLING | AUDIO if plain else None
 
 

@@ -12,9 +12,38 @@ from serving_fakes import DRAFTER, TARGET, MakeCheckpoint
 from laguna_serve.serving.checkpoint import (
     CheckpointError,
     find_folder,
+    name_checkpoint,
     read_target,
     require_folder,
 )
+from laguna_serve.serving.checkpoint.folder import check_pruning_files
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("~nobody-of-that-name/model", "^~nobody-of-that-name/model: expected an existing folder or a hub id"),
+        ("a" * 300, r"^'a+ … a+': expected a folder that can be read, got File name too long; check the path$"),
+        ("a/" * 3000, "expected a folder that can be read, got File name too long; check the path$"),
+    ],
+    ids=["home", "name", "path"],
+)
+def test_names_that_can_be_no_path_are_refused_in_a_line(name: str, message: str) -> None:
+    assert name_checkpoint(name) == name
+    with pytest.raises(CheckpointError, match=message):
+        find_folder(name)
+
+
+def test_folder_of_somebody_else_is_refused_in_a_line(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(CheckpointError, match="expected a folder that can be read, got Permission denied; check the "):
+        find_folder(str(target))
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/mask.npy", "m" * 300])
+def test_pruning_files_that_can_be_no_path_are_refused_in_a_line(path: str) -> None:
+    with pytest.raises(CheckpointError, match="expected a file, got none; check the path"):
+        check_pruning_files(path, path)
 
 
 def test_target_is_read(target: Path) -> None:
