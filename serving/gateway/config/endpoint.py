@@ -32,6 +32,8 @@ def check_url(url: str) -> str:
     path = parts.path.rstrip("/")
     if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch(r"[\x21-\x7e]+", url):
         raise ValueError("expected http://host:port[/prefix]")
+    if not _is_host(parts.hostname):
+        raise ValueError("expected http://host:port[/prefix] with the name of a host, of labels of 1 to 63 characters")
     if "@" in url or parts.query or parts.fragment:
         raise ValueError("expected http://host:port[/prefix] without user, password or query (api_key_file has a key)")
     if port == 0:
@@ -41,6 +43,15 @@ def check_url(url: str) -> str:
     if not PREFIX.fullmatch(path):
         raise ValueError("expected http://host:port[/prefix] with a prefix of plain words")
     return url.rstrip("/")
+
+
+def _is_host(name: str) -> bool:
+    """Say whether it can be looked up: of a label that is none every connection would be an error of the gateway's."""
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def read_credential(file: str | None, variable: str | None) -> str | None:

@@ -39,6 +39,7 @@ TYPES: Mapping[str, str] = {
     "too_short": "at least {min_length} of them",
     "too_long": "at most {max_length} of them",
 }
+KIND = re.compile(r"(?:constrained-)?(?:int|float|str|bool)|literal\[.*\]")
 EXAMPLE = "see laguna gateway --example"
 
 
@@ -51,7 +52,10 @@ def describe(error: ValidationError, root: type[BaseModel], source: str, example
     found = error.errors(include_url=False)
     # A list whose elements are refused is too short by them, too.
     found = [f for f in found if f["type"] != "too_short" or not any(_is_within(g["loc"], f["loc"]) for g in found)]
-    faults = [f"{format_key(fault['loc'])}: {_describe_fault(fault, root)}" for fault in found]
+    said: dict[str, list[str]] = {}
+    for fault in found:
+        said.setdefault(format_key(_drop_kind(fault)), []).append(_describe_fault(fault, root))
+    faults = [f"{key}: {_join(messages)}" for key, messages in said.items()]
     if len(faults) > MAX_FAULTS:
         faults = [*faults[:MAX_FAULTS], f"and {len(faults) - MAX_FAULTS} more"]
     return f"{source}: {'; '.join(faults)}; {example}"
@@ -70,6 +74,21 @@ def redact_url(url: str) -> str:
 
 def _is_within(loc: Sequence[int | str], outer: Sequence[int | str]) -> bool:
     return len(loc) > len(outer) and loc[: len(outer)] == outer
+
+
+def _drop_kind(fault: ErrorDetails) -> Sequence[int | str]:
+    """Drop what pydantic puts behind a key that may have values of several kinds: which of them was tried."""
+    *above, last = fault["loc"] or ("",)
+    tried = fault["type"] != "extra_forbidden" and KIND.fullmatch(str(last)) is not None
+    return above if tried else fault["loc"]
+
+
+def _join(messages: Sequence[str]) -> str:
+    """Join what was expected of one value, of every kind that it may have."""
+    expected = [message.removeprefix("expected ").rpartition(", got ")[0] for message in messages]
+    if len(messages) == 1 or not all(expected):
+        return "; ".join(messages)
+    return f"expected {', or '.join(expected)}, got {messages[-1].rpartition(', got ')[2]}"
 
 
 def _describe_fault(fault: ErrorDetails, root: type[BaseModel]) -> str:
