@@ -36,7 +36,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import check_out, make_out
 
 DESCRIPTION = "Measure a baseline and a candidate vLLM engine on the same prompts, paired: speed and equality."
 
@@ -128,7 +128,7 @@ def compare(config: AbConfig) -> AbResult:
             that it is partial, and why.
     """
     plan, specs = prepare(config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     environment = read_environment(current_argv())
     load = OtherLoad()
     progress = Progress()

@@ -30,6 +30,7 @@ from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_e
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.run_dir import make_out
 
 __all__ = ["GatewayBenchConfig", "GatewayBenchResult", "main", "measure_gateway"]
 EXAMPLES = """
@@ -61,7 +62,7 @@ def measure_gateway(config: GatewayBenchConfig) -> GatewayBenchResult:
             no whole stream in a round; the loads before are in the files.
     """
     progress, environment, load = Progress(), read_environment(current_argv()), OtherLoad()
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     with start_paths(config, progress) as paths:
         loads = []
         for streams, at_once in list_loads(config):

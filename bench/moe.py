@@ -31,6 +31,7 @@ from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_e
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
+from laguna_serve.serving.kit.run_dir import make_out
 
 __all__ = ["MoeConfig", "MoeResult", "main", "time_kernels"]
 RESULT = "moe.json"
@@ -84,7 +85,7 @@ def time_kernels(config: MoeConfig) -> MoeResult:
 
 
 def _time_kernels(config: MoeConfig, shape: Shape) -> MoeResult:
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     environment, progress = read_environment(current_argv()), Progress()
     load = OtherLoad()
     measured = _read_measured(config, shape) if config.resume else []

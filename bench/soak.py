@@ -24,6 +24,7 @@ from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.run_dir import make_out
 
 __all__ = ["SoakConfig", "SoakResult", "main", "soak"]
 EXAMPLES = """
@@ -51,7 +52,7 @@ def soak(config: SoakConfig) -> SoakResult:
         EngineError: an engine or the gateway did not start.
     """
     environment = read_environment(current_argv())
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     with ExitStack() as stack:
         engines = [find_port("127.0.0.1") for _ in range(2)]
         for port in engines:

@@ -21,6 +21,7 @@ from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import write_indented
+from laguna_serve.serving.kit.run_dir import make_out
 from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.planning.devices import GPUS, plan_for
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_matrix(config: ReleaseMatrixConfig) -> ReleaseMatrix:
     """Plan every cell, and write release-matrix.json and release-matrix.md to `config.out`."""
     matrix = make_matrix(config.releases)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     write_indented(config.out / "release-matrix.json", matrix)
     write_text(config.out / "release-matrix.md", format_matrix(matrix))
     return matrix

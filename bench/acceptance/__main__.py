@@ -20,10 +20,11 @@ from laguna_serve.bench.gamma_sweep import sweep
 from laguna_serve.bench.harness.prompts import Thinking
 from laguna_serve.serving.checkpoint import name_checkpoint
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD, print_result, run_command
-from laguna_serve.serving.kit.environment import cite_environment, current_argv, read_environment
+from laguna_serve.serving.kit.environment import OtherLoad, cite_environment, current_argv, read_environment
 from laguna_serve.serving.kit.files import hash_file, write_text
 from laguna_serve.serving.kit.flags import Flag, parse_numbers, read_flags_and_json
 from laguna_serve.serving.kit.results import to_json, write_result
+from laguna_serve.serving.kit.run_dir import check_out
 from laguna_serve.serving.kit.tables import Table
 
 EXAMPLES = """
@@ -98,7 +99,8 @@ def measure_curves(config: AcceptanceConfig) -> tuple[AcceptanceCurve, bool]:
 
     Returns the curves, and whether every γ was measured and none is defective. Raises as `gamma_sweep.sweep`.
     """
-    environment = read_environment(current_argv())
+    check_out(config.out)
+    environment, load = read_environment(current_argv()), OtherLoad()
     curves, dtypes, held = [], [], True
     for thinking in dict.fromkeys(config.thinking):
         swept = sweep(config.make_sweep(thinking))
@@ -106,7 +108,7 @@ def measure_curves(config: AcceptanceConfig) -> tuple[AcceptanceCurve, bool]:
         dtypes.append(swept.points[0].parity.dtype)
         curves.append(Curve(thinking=thinking, points=[describe_point(point) for point in swept.points]))
     result = AcceptanceCurve(
-        environment=environment,
+        environment=load.note(environment),
         model=name_checkpoint(config.model),
         draft=name_checkpoint(config.draft),
         prompts_file=str(config.prompts),

@@ -127,14 +127,18 @@ def check_specs(specs: Iterable[ArmSpec], tokens: int) -> None:
     specs = list(specs)
     configs = [spec.config for spec in specs if spec.config is not None]
     for config in configs:
-        _check_answers(config, tokens)
+        check_answers(config, tokens)
     check_launches(configs)
     if running := [spec for spec in specs if spec.url is not None]:
         asyncio.run(_check_endpoints(running))
 
 
-def _check_answers(config: EngineConfig, tokens: int) -> None:
-    """Refuse answers that no prompt leaves room for; of masked diffusion the canvas is looked at."""
+def check_answers(config: EngineConfig, tokens: int) -> None:
+    """Refuse answers that no prompt leaves room for; of masked diffusion the canvas is looked at.
+
+    Raises:
+        EngineError: the engine's longest sequence has no room for them.
+    """
     length = find_longest(config)
     if length is not None and tokens >= length:
         expected = f"fewer than the {length} tokens that {config.model} takes, prompt included"

@@ -29,7 +29,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import BoundedConfig, Flag
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import make_out
 
 if TYPE_CHECKING:
     from laguna_serve.bench.cluster.load import Asker
@@ -79,8 +79,7 @@ def prove(config: ClusterBenchConfig) -> ClusterResult:
     except ModuleNotFoundError as error:
         remedy = "run it by .venv-ray/bin/python (bash scripts/client_env.sh ray makes it)"
         raise CommandError(f"bench/cluster: expected Ray and OpenAI's client, got no {error.name}; {remedy}") from None
-    check_out(config.out)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     progress, load, environment = Progress(), OtherLoad(), read_environment(current_argv())
     prompts = [prompt.text for prompt in load_texts(config.prompts)][: config.num_prompts]
     with tempfile.TemporaryDirectory(prefix="laguna-cluster-") as temporary:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from laguna_serve.bench.diffusion.result import DiffusionResult, ProposerPoint
-from laguna_serve.serving.kit.tables import Table
+from laguna_serve.serving.kit.tables import INTERRUPTED_RUN, Table
 
 
 def count_differing(result: DiffusionResult) -> int:
@@ -49,6 +49,8 @@ def render_text(result: DiffusionResult) -> str:
         ]
         others = Table("rlrrr", ("schedule", "cache", "steps", "tok/s", "tokens as with 1, none"), shown)
         lines += ["", "Other references, other texts:", "", others.to_text()]
+    if result.partial:
+        lines += ["", INTERRUPTED_RUN]
     return "\n".join(lines)
 
 

@@ -25,6 +25,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, Quick, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.run_dir import check_out, make_out
 
 if TYPE_CHECKING:
     from laguna_serve.bench.diffusion.arms import Arms, Timed
@@ -122,6 +123,7 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     """
     from laguna_serve.bench.diffusion.arms import TARGET, Arms, read_calibration
 
+    check_out(config.out)
     given = [prompt.text for prompt in load_texts(config.prompts)]
     texts = choose_prompts(given, config.num_prompts, *read_calibration(config.proposals))
     arms = Arms(
@@ -137,7 +139,7 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     for weights in [*config.draft_weights, TARGET]:  # whatever a device does not take is refused before anything runs
         arms.load_draft(weights)
     canvases = arms.make_canvases(texts, config.canvas, config.block)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     environment, progress, load = read_environment(current_argv()), Progress(), OtherLoad()
     arms.decode(canvases[:1], None, 0)
     points: list[ProposerPoint] = []
@@ -192,11 +194,11 @@ def choose_prompts(texts: list[str], number: int, first: int, end: int) -> list[
     Raises:
         FlagError: neither part has so many.
     """
-    number, before, behind = min(number, len(texts)), texts[:first], texts[end:]
-    if len(before) >= number:
-        return before[:number]
-    if len(behind) >= number:
-        return behind[:number]
+    count, before, behind = min(number, len(texts)), texts[:first], texts[end:]
+    if len(before) >= count:
+        return before[:count]
+    if len(behind) >= count:
+        return behind[:count]
     most = max(len(before), len(behind))
     raise FlagError(
         f"--num-prompts: expected at most {most} in front of prompts {first + 1} to {end} or behind them, which were"

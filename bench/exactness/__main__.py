@@ -121,7 +121,8 @@ def check_proposals(config: ExactnessConfig) -> ExactnessResult:
     check_out(config.out)
     texts = [prompt.text for prompt in load_texts(config.prompts)]
     if len(texts) < config.num_prompts:
-        raise FlagError(f"--num-prompts: expected at most {len(texts)}, all of the file, got {config.num_prompts}")
+        expected = f"expected at most {len(texts)}, got {config.num_prompts}"
+        raise FlagError(f"--num-prompts: {expected}; the file has no more prompts")
     modes = [Mode(*mode) for mode in product(config.schedules, config.caches, config.temperatures)]
     for mode in modes:
         mode.read()

@@ -22,6 +22,7 @@ from laguna_serve.serving.engine.log import find_cause, read_log
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, to_json, write_result
+from laguna_serve.serving.kit.run_dir import make_out
 
 SINGLES_TOGETHER, BATCHES_PER_ROUND, REPORT_EVERY = 8, 50, 50
 # How often a finding is tried again while it is cut down: each death costs the start of an engine.
@@ -37,7 +38,7 @@ class Fuzz:
         self._engine: Engine | None = None
         self._control: list[int] = []
         self._environment = read_environment(current_argv())
-        config.out.mkdir(parents=True, exist_ok=True)
+        make_out(config.out)
         earlier = read_result(self._path, FuzzResult) if config.resume and self._path.exists() else None
         if earlier is None:
             self._sent.write_text("", encoding="utf-8")

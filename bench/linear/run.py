@@ -25,7 +25,8 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import ANY, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.tables import Table
+from laguna_serve.serving.kit.run_dir import make_out
+from laguna_serve.serving.kit.tables import INTERRUPTED_RUN, Table
 from laguna_serve.serving.machine.rates import LIMITS
 
 __all__ = ["LinearConfig", "LinearResult", "main", "time_linear"]
@@ -105,7 +106,7 @@ def time_linear(config: LinearConfig) -> LinearResult:
     shapes = tuple((int(shape.partition("x")[0]), int(shape.partition("x")[2])) for shape in config.shapes)
     timing.require_memory(shapes, max(config.rows))
     path, torch_isa = timing.find_paths()
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     environment, progress, load = read_environment(current_argv()), Progress(), OtherLoad()
     rows: list[LinearRow] = []
     interrupted = False
@@ -142,7 +143,8 @@ def render_text(result: LinearResult) -> str:
         "",
         Table("l" + "r" * 8, HEADS, [_list_cells(row) for row in result.rows]).to_text(),
     ]
-    return "\n".join([*lines, *(f"refused: {reason}" for reason in result.refused)])
+    lines += [f"refused: {reason}" for reason in result.refused]
+    return "\n".join([*lines, *([INTERRUPTED_RUN] if result.partial else [])])
 
 
 def summarise(row: LinearRow) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from laguna_serve.bench.moe_layer.result import MoeResult, MoeRow
-from laguna_serve.serving.kit.tables import Table
+from laguna_serve.serving.kit.tables import INTERRUPTED_RUN, Table
 
 HEADS = (
     "routing",
@@ -35,7 +35,8 @@ def render_text(result: MoeResult) -> str:
         "",
         Table("ll" + "r" * 8 + "l", HEADS, [_list_cells(row) for row in result.rows]).to_text(),
     ]
-    return "\n".join([*lines, *(f"refused: {reason}" for reason in result.refused)])
+    lines += [f"refused: {reason}" for reason in result.refused]
+    return "\n".join([*lines, *([INTERRUPTED_RUN] if result.partial else [])])
 
 
 def render_markdown(result: MoeResult) -> str:

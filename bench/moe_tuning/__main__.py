@@ -29,6 +29,7 @@ from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import MOST_THREADS, BoundedConfig, Flag
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.run_dir import make_out
 from laguna_serve.serving.kit.tables import Table
 
 EXAMPLES = """
@@ -89,7 +90,7 @@ def tune(config: TuningConfig) -> TilesTable:
         TuningError: there is no GPU to time them on, or no shared memory is known of the capability.
     """
     capability = find_capability(config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     progress, rows = Progress(), []
     for path in dict.fromkeys(config.path):
         for weights in dict.fromkeys(config.weights):

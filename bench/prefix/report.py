@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from laguna_serve.bench.prefix.result import PrefixCacheResult
 from laguna_serve.serving.kit.environment import cite_environment
-from laguna_serve.serving.kit.tables import Table
+from laguna_serve.serving.kit.tables import INTERRUPTED_RUN, Table
 
 
 def render_text(result: PrefixCacheResult) -> str:
     """Scenarios, then comparisons with their verdicts, in columns."""
     lines = [_tabulate_scenarios(result).to_text(), "", _tabulate_comparisons(result).to_text()]
     if result.partial:
-        lines.append("partial: the run was interrupted")
+        lines.append(INTERRUPTED_RUN)
     return "\n".join(lines)
 
 

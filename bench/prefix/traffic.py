@@ -20,6 +20,7 @@ from laguna_serve.serving.client.records import Prompt
 GROUP = 8
 TOGETHER = 8  # prompts that lose their blocks to each other in a small cache
 CHUNK_TOKENS = 128
+GROUP_LEAD = "\n"
 FOLLOW_UP = "\n\n\ndef main():\n    "
 REFERENCE = "no caching"
 # The engine whose hits a drafter's are held against, and what its scenarios add to their names.
@@ -120,8 +121,9 @@ def plan_traffic(
     singles = prompts[: TOGETHER * max(3, count // TOGETHER)]
     single = tuple((prompt,) for prompt in singles)
     together = tuple(tuple(singles[i : i + TOGETHER]) for i in range(0, len(singles), TOGETHER))
-    groups = tuple(tuple(Prompt(f"{p.id}#{i}", p.text) for i in range(GROUP)) for p in shorts[: max(6, count // 2)])
-    few_groups = groups[: max(2, count // 4)]  # enough where copies say the same; sampled ones scatter
+    groups = _copy(shorts[: max(6, count // 2)])
+    # Enough where copies say the same; sampled ones scatter. Nothing else begins as they do, so that they can be cold.
+    few_groups = _copy([Prompt(p.id, GROUP_LEAD + p.text) for p in shorts[: max(2, count // 4)]])
     size = ("--block-size", str(block_size))
     chunked = (*size, "--max-num-batched-tokens", str(CHUNK_TOKENS), "--max-num-seqs", "16")
     # A request of the greatest length must fit, in the blocks of every group of layers.
@@ -177,6 +179,11 @@ def plan_traffic(
         Comparison("preempted, warm, against alone", "single prompts, preempted, warm", "single prompts", lost),
     )
     return Traffic(engines, tuple(scenarios), comparisons, tuple(shorts))
+
+
+def _copy(prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], ...]:
+    """Make a group of copies of each prompt."""
+    return tuple(tuple(Prompt(f"{p.id}#{i}", p.text) for i in range(GROUP)) for p in prompts)
 
 
 def name_plain(scenario: str) -> str:

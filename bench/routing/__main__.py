@@ -23,7 +23,7 @@ from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag, Quick
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import make_out
 
 EXAMPLES = """
 examples:
@@ -61,8 +61,7 @@ def simulate(config: RoutingConfig) -> RoutingResult:
     Raises:
         RunDirError: the folder cannot be written to.
     """
-    check_out(config.out)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     points = []
     for count in config.replicas:
         trace = make_trace(config.sessions * count, config.sessions_per_s * count, config.seed)

@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
+from laguna_serve.serving.engine.log import find_cause, read_log
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.launch import EngineError, plan_launch
 
@@ -48,17 +49,19 @@ class StepEngine:
     def decode(self, prompt: str, max_tokens: int, temperature: float, *, apart: bool) -> Decoded:
         """Decode; with `apart` the parts are timed. Raises EngineError when the engine is gone."""
         asked = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "apart": apart}
-        _open_pipe(self._process.stdin).write(json.dumps(asked) + "\n")
-        _open_pipe(self._process.stdin).flush()
+        with suppress(BrokenPipeError):  # it is gone, which `read` says
+            _open_pipe(self._process.stdin).write(json.dumps(asked) + "\n")
+            _open_pipe(self._process.stdin).flush()
         return msgspec.json.decode(self.read(), type=Decoded)
 
     def read(self) -> str:
-        """Read the next answer, past what else is printed."""
+        """Read the next answer, past what else is printed. Raises EngineError when the engine is gone."""
         for line in _open_pipe(self._process.stdout):
             if line.startswith(MARK):
                 return line.removeprefix(MARK)
         status = self._process.wait()
-        raise EngineError(f"step probe: expected an answer, got status {status}; see {self._log_path}")
+        reason = f"signal {-status}" if status < 0 else find_cause(read_log(self._log_path))
+        raise EngineError(f"step probe: expected an answer, got its end: {reason}; see {self._log_path}")
 
 
 @contextmanager
@@ -75,7 +78,8 @@ def open_engine(config: EngineConfig, log_path: Path) -> Iterator[StepEngine]:
             engine.read()
             yield engine
         finally:
-            _open_pipe(process.stdin).close()
+            with suppress(BrokenPipeError):
+                _open_pipe(process.stdin).close()
             try:
                 process.wait(timeout=30)
             except subprocess.TimeoutExpired:

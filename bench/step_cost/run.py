@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+from laguna_serve.bench.arms.arms import check_answers
 from laguna_serve.bench.arms.drafters import Temperature, TimedDrafterConfig, check_draft_sampling
 from laguna_serve.bench.harness.prompts import load_texts, split_prompts
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
@@ -26,9 +27,11 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
+from laguna_serve.serving.kit.run_dir import check_out, make_out
 from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import inspect
+from laguna_serve.serving.planning.launch import check_launches
 from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 from laguna_serve.serving.speculation.flags import DraftSampling, Gamma
 
@@ -94,10 +97,14 @@ def measure_steps(config: StepCostConfig) -> StepCostResult:
         PromptsError: the prompts file cannot be used.
         EngineError: an engine did not start, or died.
     """
+    check_out(config.out)
     prompts, _ = split_prompts(load_texts(config.prompts), config.num_prompts, 0)
     engines = [config.make_engine(drafting=drafting) for drafting in (False, True)]
+    for engine in engines:
+        check_answers(engine, config.max_tokens)
+    check_launches(engines)
     gamma = inspect(engines[1]).gamma
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     environment, progress, load = read_environment(current_argv()), Progress(), OtherLoad()
     progress.say("starting an engine without the drafter, and one with it")
     with (

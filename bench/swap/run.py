@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, ClassVar
 
+from laguna_serve.bench.arms.arms import check_answers
 from laguna_serve.bench.stats.quartiles import find_quartiles
 from laguna_serve.bench.swap.report import WHAT, render_markdown, render_text
 from laguna_serve.bench.swap.result import Situation, SituationName, SwapResult
@@ -40,8 +41,9 @@ from laguna_serve.serving.kit.files import expand, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
+from laguna_serve.serving.kit.run_dir import check_out, make_out
 from laguna_serve.serving.machine.memory import GIB
-from laguna_serve.serving.planning.launch import require_device
+from laguna_serve.serving.planning.launch import check_launches, require_device
 
 __all__ = ["SwapConfig", "SwapResult", "main", "measure_swaps"]
 EXAMPLES = """
@@ -84,7 +86,9 @@ class SwapConfig:
         """Refuse anything but two models.  Raises FlagError."""
         check_bounds(self)
         if len(self.model) != 2 or len(self.names) != 2:
-            raise FlagError(f"--model: expected two checkpoints of different names, got {', '.join(self.model)}")
+            got = ", ".join(self.model) or "none"
+            remedy = "give the flag twice, or one of them a link of another name"
+            raise FlagError(f"--model: expected two checkpoints of different names, got {got}; {remedy}")
         if self.sleep_level > 2:
             raise FlagError(f"--sleep-level: expected 0, 1 or 2, got {self.sleep_level}")
 
@@ -118,12 +122,18 @@ def measure_swaps(config: SwapConfig) -> SwapResult:
 
     Raises:
         FlagError: there is no GPU for engines to sleep on.
-        EngineError: an engine did not start, a request failed, or the room was not for one model.
+        RunDirError: `out` cannot be a folder.
+        EngineError: an engine cannot or did not start, a request failed, or the room was not for one model.
     """
     device = require_device()
     if config.sleep_level and device.kind == "cpu":
         raise FlagError("--sleep-level: expected a GPU, got a CPU, on which vLLM's engines do not sleep; leave it out")
-    config.out.mkdir(parents=True, exist_ok=True)
+    check_out(config.out)
+    engines = [make_engine_config(name, config.make_table(model, name)) for name, model in config.names.items()]
+    for engine in engines:
+        check_answers(engine, config.max_tokens)
+    check_launches(engines)
+    make_out(config.out)
     measured = _Run(config)
     environment, load, progress = read_environment(current_argv()), OtherLoad(), Progress()
     parts = [measured.ask_by_turns, measured.restart, *([measured.wake] if config.sleep_level else [])]

@@ -27,7 +27,7 @@ from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
-from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, make_out
 
 JOBS = ("list", "suites", "samples", "merge")
 NEEDED = {"suites": ("base_url", "out"), "samples": ("problems", "model", "out"), "merge": ("out",)}
@@ -120,7 +120,7 @@ def run_suites(config: SuitesConfig) -> SuitesResult:
     """
     assert config.out is not None
     suites = load_suites()
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_out(config.out)
     if config.suites:
         run_missing(config, choose_suites(config.suites, suites), config.out, Progress())
     elif config.samples is not None:

@@ -35,6 +35,23 @@ def check_out(folder: Path, flag: str = "--out") -> None:
         )
 
 
+def make_out(folder: Path, flag: str = "--out") -> None:
+    """Make the folder for results, and those above it. `flag` named it.
+
+    Raises:
+        RunDirError: `check_out` refuses it, or the system does.
+    """
+    check_out(folder, flag)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(_refuse_folder(f"{flag} {folder}", error)) from None
+
+
+def _refuse_folder(subject: str, error: OSError) -> str:
+    return f"{subject}: expected a folder that can be made, got {error.strerror or error}; choose another"
+
+
 def check_out_file(file: Path, flag: str = "--out") -> None:
     """Refuse what cannot become a file for results; the folders above it are made. A device or a pipe will do.
 
@@ -45,8 +62,7 @@ def check_out_file(file: Path, flag: str = "--out") -> None:
         return
     if file.is_dir():
         raise RunDirError(f"{flag} {file}: expected a file, got a folder; name a file in it")
-    check_out(file.parent, flag)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_out(file.parent, flag)
 
 
 def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
@@ -67,6 +83,8 @@ def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise RunDirError(f"{folder}: expected a folder, got a file in its place; choose another --out") from None
+    except OSError as error:
+        raise RunDirError(_refuse_folder(str(folder), error)) from None
     write_text(noted, digest)
 
 

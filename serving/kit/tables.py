@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 GAP = "  "
+# Below a table that Ctrl-C cut short.
+INTERRUPTED_RUN = "partial: the run was interrupted"
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,22 @@ def test_every_comparison_has_its_scenarios_on_the_right_engine() -> None:
     assert all(len(prompts) == GROUP and len({p.text for p in prompts}) == 1 for prompts in group.rounds)
 
 
+def test_cold_prompts_are_cold_and_warm_ones_warm() -> None:
+    """Copies of a prompt that was asked alone before were called cold, with all of it in the cache."""
+    sent: dict[str, set[str]] = {}
+    prompts = [Prompt(f"p{i}", f"{i:03} " * 30) for i in range(40)]
+    for scenario in plan_traffic(prompts, 8, (150, 300), 64, 32).scenarios:
+        earlier = sent.setdefault(scenario.engine, set())
+        texts = {prompt.text for prompt in scenario.prompts}
+        name = scenario.name.removesuffix(", no drafter")
+        if name.endswith(", cold"):
+            begun = [a for a in texts for b in earlier if a.startswith(b[:50])]
+            assert not begun, f"{scenario.name}: {begun}"
+        if name.endswith(", warm"):
+            assert texts <= earlier, scenario.name
+        earlier |= texts
+
+
 def test_second_turn_continues_the_answer() -> None:
     turn = plan_second_turn([Prompt("a", "ask"), Prompt("b", "other")], {"a": "answer"}, "caching")
     assert [prompt.text[:9] for prompt in turn.prompts] == ["askanswer"]

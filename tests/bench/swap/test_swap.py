@@ -42,6 +42,7 @@ def mock_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(engine_module, "plan_launch", plan)
     monkeypatch.setattr(engine_module, "POLL_S", 0.02)
+    monkeypatch.setattr(run, "check_launches", lambda _configs: None)
     monkeypatch.setattr(run, "plan_bytes", lambda _name, _table: 1 << 28)
 
 
@@ -83,3 +84,24 @@ def test_two_models_are_needed_and_a_gpu_to_sleep_on(tmp_path: Path, monkeypatch
     monkeypatch.setattr(run, "require_device", lambda: type("Device", (), {"kind": "cpu"}))
     with pytest.raises(FlagError, match="--sleep-level: expected a GPU, got a CPU"):
         measure_swaps(SwapConfig(model=("a", "b"), sleep_level=1, out=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "line"),
+    [
+        ("nowhere", 8, "nowhere: expected an existing folder or a hub id"),
+        ("dense", 256, "tokens of an answer: expected fewer than the 256 tokens"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, tokens: int, line: str
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(run, "open_background", start)
+    monkeypatch.setattr(run, "Engine", start)
+    models = (str(TESTS / "toy" / "teacher"), str(TESTS / "toy" / model))
+    with pytest.raises(EngineError, match=line):
+        measure_swaps(SwapConfig(model=models, max_tokens=tokens, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
