@@ -110,7 +110,8 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     kept = read_points(config.points)
     points = [point for point in kept if point.gamma in gammas and point.concurrency in config.concurrency]
     if not points:
-        raise MeasurementStoppedError("no γ could be measured; see the logs beside the points")
+        reasons = "; ".join(f"γ {gamma}: {reason}" for gamma, reason in failed.items())
+        raise MeasurementStoppedError(f"no γ could be measured: {reasons}; {CONTINUES}")
     trained = [point for point in points if not point.beyond_block]
     result = conclude(config, prompts, environment, points, failed)
     yield publish(config, result)

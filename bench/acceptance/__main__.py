@@ -143,11 +143,12 @@ def tabulate(result: AcceptanceCurve) -> Table:
         [
             *(curve.thinking or "default", str(point.gamma), f"{point.tau:.2f}"),
             *(" ".join(f"{share:.0%}" for share in point.per_position), f"{point.speedup:.2f}×"),
+            "–" if point.differing is None else f"{point.differing} of {point.prompts}",
         ]
         for curve in result.curves
         for point in curve.points
     ]
-    return Table("lrrlr", ("thinking", "γ", "τ", "accepted by position", "speed-up"), rows)
+    return Table("lrrlrr", ("thinking", "γ", "τ", "accepted by position", "speed-up", "prompts that differ"), rows)
 
 
 def render_markdown(result: AcceptanceCurve) -> str:

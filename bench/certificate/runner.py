@@ -42,6 +42,7 @@ from laguna_serve.serving.client.records import Prompt, Record
 from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.engine.row_check import RowCheck, check_rows
+from laguna_serve.serving.kit.cli import CONTINUES
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
@@ -199,7 +200,7 @@ async def _make_passes(job: Job, arm: Arm, progress: Progress) -> PassedArm:
             streamed = await client.run_round(job.prompts[:STREAMED], concurrency=job.concurrencies[0])
             if failed := next((record for record in streamed if record.error is not None), None):
                 arm.check()
-                raise EndpointError(f"{arm.name}: prompt {failed.prompt_id}: {failed.error}")
+                raise EndpointError(f"{arm.name}: prompt {failed.prompt_id}: {failed.error}; {CONTINUES}")
             if acceptance is None:
                 acceptance = summarise_acceptance((await scrape_counters(session, arm.base_url)).since(before))
     return PassedArm(
@@ -225,7 +226,7 @@ async def _make_pass(job: Job, client: Client, arm: Arm, kind: str, concurrency:
         await run_pass(client, prompts, concurrency, answers, lambda done: progress.step(kind, done, missing))
     except EndpointError as error:
         await arm.look_for_death()
-        raise EndpointError(f"{arm.name}: {error}") from error
+        raise EndpointError(f"{arm.name}: {error}; {CONTINUES}") from error
 
 
 def _replay(

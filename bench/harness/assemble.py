@@ -27,6 +27,7 @@ from laguna_serve.bench.harness.schedule import Plan
 from laguna_serve.bench.harness.validity import (
     ACCEPTANCE,
     BOUND,
+    CONTROL,
     INTERVAL,
     PARITY,
     SPEEDUP,
@@ -199,7 +200,7 @@ def _describe_parity(run: Run, dtype: str, withheld: Set[str]) -> Parity:
         noise_nats=noise,
         noise_multiple=NOISE_MULTIPLE,
         dtype=dtype,
-        control=_compare_control(run.arms[BASELINE]),
+        control=None if CONTROL in withheld else _compare_control(run.arms[BASELINE]),
         divergences=[] if refused else verdicts,
     )
 

@@ -71,9 +71,17 @@ class Driver:
             raise MeasurementStoppedError(f"{name}: {MAX_FAILED_ROUNDS} rounds in a row failed, the last: {errors[-1]}")
 
     async def run_control(self, rounds: Sequence[Round]) -> None:
-        """Run rounds again that were timed before."""
+        """Run rounds again that were timed before, as far as none fails.
+
+        Raises:
+            EngineError: the engine died.
+        """
         for prompts in rounds:
-            self._run.control += await self._send(prompts)
+            records = await self._send(prompts)
+            self._run.control += records
+            if any(record.error is not None for record in records):
+                await self._arm.look_for_death()
+                return
 
     async def run_forced(self, rounds: Sequence[Round]) -> None:
         """Count over the same rounds with end-of-sequence ignored.

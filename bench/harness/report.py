@@ -136,7 +136,9 @@ def _list_findings(result: AbResult) -> Iterator[tuple[str, str]]:
         yield "drift", result.drift.describe()
     yield "parity", _describe_parity(result.parity)
     control = result.parity.control
-    if control is not None:
+    if any(item.figure == "parity.control" for item in result.refused):
+        yield "control", f"{REFUSED} (see below)"
+    elif control is not None:
         yield (
             "control",
             (f"the baseline against itself: {control.mismatches} of {control.prompts} prompts differ"),

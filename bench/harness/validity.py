@@ -15,6 +15,7 @@ from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
 from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, Run, counter_delta
 from laguna_serve.bench.harness.schedule import Plan
 from laguna_serve.serving.client.counters import Counters
+from laguna_serve.serving.client.records import Record
 
 # Fewer pairs than this carry no 95% interval: a percentile bootstrap of a handful of points is far too narrow.
 MIN_PAIRS = 8
@@ -24,6 +25,7 @@ INTERVAL = "speedup.ci95"
 ACCEPTANCE = "acceptance"
 PARITY = "parity"
 BOUND = "parity.bound95"
+CONTROL = "parity.control"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -36,7 +38,7 @@ class Refusal:
 
 def find_refusals(run: Run, plan: Plan, drafting: bool) -> list[Refusal]:
     """Every figure to withhold, each with each of its reasons. `drafting`: the candidate was given a drafter."""
-    refusals = [*_judge_arms(run), *_judge_pairs(run, plan), *_judge_ending(run, plan)]
+    refusals = [*_judge_arms(run), *_judge_pairs(run, plan), *_judge_control(run), *_judge_ending(run, plan)]
     if drafting and (delta := counter_delta(run.arms[CANDIDATE])) is not None and delta.drafts == 0:
         reason = "a drafter was configured but never drafted"
         refusals += [Refusal(ACCEPTANCE, reason), Refusal(SPEEDUP, reason)]
@@ -81,7 +83,15 @@ def _judge_arms(run: Run) -> Iterator[Refusal]:
 
 
 def _describe_failures(name: str, passes: Sequence[ArmRun]) -> list[str]:
-    failed = [record for arm in passes for record in arm.records.values() if record.error is not None]
+    return _count_failed(name, [record for arm in passes for record in arm.records.values()])
+
+
+def _judge_control(run: Run) -> Iterator[Refusal]:
+    yield from (Refusal(CONTROL, reason) for reason in _count_failed("control", run.arms[BASELINE].control))
+
+
+def _count_failed(name: str, records: Sequence[Record]) -> list[str]:
+    failed = [record for record in records if record.error is not None]
     if not failed:
         return []
     return [f"{len(failed)} of the {name}'s requests failed (prompt {failed[0].prompt_id}: {failed[0].error})"]

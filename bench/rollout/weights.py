@@ -19,6 +19,9 @@ from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.kit.files import expand
 
 TIMEOUT_S = 600.0
+NOT_FOUND = 404
+# These routes are for developers; `laguna serve --weight-updates` switches them on, too.
+NO_ROUTE = "start that server with VLLM_SERVER_DEV_MODE=1"
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -105,7 +108,8 @@ async def _ask(
         async with session.request(method, url, json=body, params=params, timeout=timeout) as response:
             if response.status != 200:
                 reason = f"HTTP {response.status}: {(await response.text(errors='replace'))[:300]}"
-                raise EndpointError(f"{arm.name}: {path}: expected HTTP 200, got {reason}")
+                remedy = f"; {NO_ROUTE}" if response.status == NOT_FOUND else ""
+                raise EndpointError(f"{arm.name}: {path}: expected HTTP 200, got {reason}{remedy}")
             return msgspec.json.decode(await response.read(), type=_Answer)
     except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
         arm.check()

@@ -16,6 +16,7 @@ from laguna_serve.serving.client.completions import open_session
 from laguna_serve.serving.client.counters import scrape_counters, settle_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.kit.cli import CONTINUES
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.speculation.flags import ADAPTIVE
@@ -68,9 +69,9 @@ async def _draw_arm(
             while len(completions) < config.completions:
                 try:
                     completions += await client.sample(prompt, min(config.batch, config.completions - len(completions)))
-                except EndpointError:
-                    arm.check()
-                    raise
+                except EndpointError as error:
+                    await arm.look_for_death()
+                    raise EndpointError(f"{name}: {error}; {CONTINUES}") from error
             drawn.append(completions)
             progress.step(name, done, len(prompts))
         tokens = len(prompts) * config.completions * config.tokens

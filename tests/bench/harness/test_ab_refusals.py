@@ -33,6 +33,17 @@ def test_a_failed_request_withholds_the_figures(run_ab: RunAb, fault: str, messa
     assert "withheld figures" in output
 
 
+def test_a_control_that_failed_is_withheld_and_said(run_ab: RunAb) -> None:
+    """A server that died behind the timed rounds: the control that was asked for was left out without a word."""
+    status, result, output = run_ab(Settings(die_after=15), Settings())
+    assert status == 1
+    assert "1 of the control's requests failed (prompt p1: " in reasons(result, "parity.control")[0]
+    assert result["parity"]["control"] is None
+    assert "control     refused (see below)" in output
+    assert result["speedup"]["point"] > 0
+    assert reasons(result, "speedup") == []
+
+
 def test_prefix_cache_hits_withhold_the_figures(run_ab: RunAb) -> None:
     status, result, _ = run_ab(Settings(), Settings(prefix_hits=16))
     assert status == 1

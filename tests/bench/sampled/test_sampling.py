@@ -110,6 +110,17 @@ def test_engine_that_dies_keeps_the_other_arms(engines: type[GammaEngine], run: 
     assert engines.seeds == (0, 1, 2, 2)
 
 
+def test_endpoint_that_dies_is_named(prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MockEngine(Settings()) as ours, MockEngine(Settings(die_after=2)) as theirs:
+        urls = ["--baseline-url", ours.url, "--candidate-url", f"3={theirs.url}"]
+        size = ["--num-prompts", "3", "--completions", "40", "--batch", "20", "--tokens", "4"]
+        files = ["--prompts", str(prompts_file), "--out", str(tmp_path / "out")]
+        assert sampling.main(["--model", "fake", "--draft", "d", *urls, *size, *files]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("sampling.py: error: γ 3: request: ")
+    assert line.endswith("; the same command continues with what is missing")
+
+
 @pytest.mark.parametrize(
     ("plain", "drafting", "complaint"),
     [
