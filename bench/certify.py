@@ -145,6 +145,8 @@ def _check(argv: Sequence[str]) -> int:
     def act(config: CheckConfig) -> CertificateCheck:
         return check_certificate(config, read_environment(current_argv()))
 
+    if not {"-h", "--help"}.isdisjoint(argv):
+        argv = ["--help"]  # `--check` alone wants its file first
     return command.run(argv, act, show=render_check, judge=lambda found: found.status)
 
 

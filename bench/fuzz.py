@@ -21,6 +21,7 @@ from laguna_serve.bench.fuzzing.runner import Fuzz
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.planning.launch import check_launches
 
 __all__ = ["FuzzConfig", "FuzzResult", "fuzz_engine", "main"]
 EXAMPLES = """
@@ -52,6 +53,7 @@ def fuzz_engine(config: FuzzConfig) -> FuzzResult:
         EngineError: the engine did not start, or does not answer the control request.
         ResultError: the folder of a run to resume holds another file.
     """
+    check_launches([config.make_engine()])
     fuzz = Fuzz(config, Progress())
     try:
         asyncio.run(fuzz.run())

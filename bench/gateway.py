@@ -31,6 +31,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
 from laguna_serve.serving.kit.run_dir import make_out
+from laguna_serve.serving.planning.launch import require_port
 
 __all__ = ["GatewayBenchConfig", "GatewayBenchResult", "main", "measure_gateway"]
 EXAMPLES = """
@@ -47,7 +48,7 @@ exit status: 0 no stream failed, 1 some did, 2 could not run, 130 interrupted
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    interrupted = "gateway.json has the loads that are done"
+    interrupted = "gateway.json has the loads that were done, if any"
     command = Command("bench/gateway.py", GatewayBenchConfig, __doc__, EXAMPLES, measures=True, interrupted=interrupted)
     return command.run(
         argv, measure_gateway, show=render_text, judge=lambda result: HELD if result.held else FELL_SHORT
@@ -83,7 +84,7 @@ def start_paths(config: GatewayBenchConfig, progress: Progress) -> Iterator[Path
     """Keep the mock engine, the gateway and every relay up while the block lasts. Raises EngineError."""
     python = [sys.executable, "-m"]
     with ExitStack() as stack:
-        engine = config.engine_port or find_port("127.0.0.1")
+        engine = find_port("127.0.0.1") if config.engine_port is None else require_port("127.0.0.1", config.engine_port)
         mock = [*python, "laguna_serve.bench.relay.mock_engine", str(engine), str(config.chunks), str(config.gap_ms)]
         stack.enter_context(run_child(mock, engine, config.out / "engine.log"))
         gateway = [*GATEWAY_COMMAND, "--config", str(write_config(config.out, [engine])), "--port", "{port}"]

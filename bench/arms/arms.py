@@ -87,8 +87,9 @@ class Arm:
         self.check()
 
     def read_memory(self) -> EngineMemory | None:
-        """Memory of the engine's processes now; None for an endpoint that was not started here."""
-        return process_memory(self.engine.pids()) if self.engine is not None else None
+        """Memory of the engine's processes now; None where there are none, or for an endpoint started elsewhere."""
+        memory = process_memory(self.engine.pids()) if self.engine is not None else None
+        return memory if memory is not None and memory.processes else None
 
     def read_figures(self) -> EngineFigures | None:
         """Read what an engine started here says of its own memory and dtype; None for an endpoint."""

@@ -168,8 +168,8 @@ def _conclude(result: SweepResult) -> list[str]:
         f"concurrency {choice.concurrency}: {_show_gamma(choice.gamma)}; {choice.reason}" for choice in result.choices
     ]
     lines += [
-        f"concurrency {concurrency}: a step with γ drafted tokens costs {1 + cost.fixed:.2f} + "
-        f"{cost.per_token:.3f}·γ plain steps"
+        f"concurrency {concurrency}: a step with γ drafted tokens costs {1 + cost.fixed:.2f} "
+        f"{'−' if cost.per_token < 0 else '+'} {abs(cost.per_token):.3f}·γ plain steps"
         for concurrency, cost in result.cost.items()
     ]
     if any(point.beyond_block for point in result.points):

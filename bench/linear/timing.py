@@ -47,7 +47,7 @@ def require_memory(shapes: tuple[tuple[int, int], ...], rows: int) -> None:
     for inputs, outputs in shapes:
         needed = 12 * inputs * outputs + 2 * SPREAD_BYTES + rows * (10 * inputs + 18 * outputs)
         if needed > free:
-            got = f"{inputs}x{outputs} with {rows} rows, which takes {needed / 2**30:,.1f}"
+            got = f"{inputs}x{outputs} with {rows} rows, which takes {needed / 2**30:,.1f} GiB"
             raise LinearBenchError(f"memory: expected at most {free / 2**30:,.1f} GiB, got {got}; choose smaller ones")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +19,12 @@ LAST_PORT = 65535
 def parse_peer(text: str) -> tuple[str, str]:
     """`NAME=URL` as (name, URL); raises ArgumentTypeError."""
     name, _, url = text.partition("=")
-    if not name or urlsplit(url).scheme != "http":
+    try:
+        parts = urlsplit(url)
+        sound = bool(name) and parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no number, or none of a port
+        sound = False
+    if not sound:
         raise argparse.ArgumentTypeError(f"expected NAME=http://host:port, got {text!r}")
     return name, url
 
@@ -27,6 +34,12 @@ def parse_start(text: str) -> tuple[str, str]:
     name, _, command = text.partition("=")
     if not name or "{port}" not in command or "{engine}" not in command:
         raise argparse.ArgumentTypeError(f"expected NAME=COMMAND with {{port}} and {{engine}}, got {text!r}")
+    try:
+        program = shlex.split(command)[0]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected NAME=COMMAND as for a shell, got {text!r}: {error}") from None
+    if shutil.which(program) is None:
+        raise argparse.ArgumentTypeError(f"expected NAME=COMMAND that can be run, got no program {program!r}")
     return name, command
 
 

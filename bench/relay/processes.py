@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,8 @@ import psutil
 from laguna_serve.serving.engine import EngineError
 
 START_S = 90.0
+# What a process may take to end by itself.
+END_S = 10.0
 KEY = "sk-bench"
 GATEWAY_COMMAND = (sys.executable, "-m", "laguna_serve.serving.cli", "gateway")
 
@@ -40,7 +43,7 @@ def write_config(folder: Path, engines: Sequence[int], admin: int = 0) -> Path:
         [admin]
         port = {admin}
         [access]
-        usage_file = "{folder / "usage.sqlite"}"
+        usage_file = {json.dumps(str(folder / "usage.sqlite"))}
         [[keys]]
         name = "bench"
         sha256 = "{hashlib.sha256(KEY.encode()).hexdigest()}"
@@ -64,17 +67,33 @@ def write_config(folder: Path, engines: Sequence[int], admin: int = 0) -> Path:
 
 @contextmanager
 def run_child(command: Sequence[str], port: int, log: Path) -> Iterator[psutil.Process]:
-    """Run a process that listens on `port` when the block begins, and is gone when it ends. Raises EngineError."""
+    """Run a process that listens on `port` when the block begins, and is gone with its children when it ends.
+
+    Raises:
+        EngineError: it does not listen in time.
+    """
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
             deadline = time.monotonic() + START_S
             while not _listens(process.pid, port):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise EngineError(f"{command[0]}: expected it to listen on {port}, got none; see {log}")
+                    raise EngineError(f"{log.stem}: expected it to listen on {port}, got none; see {log}")
                 time.sleep(0.05)
             yield psutil.Process(process.pid)
         finally:
-            process.terminate()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process; whatever of it and its children does not end by itself is killed."""
+    with suppress(psutil.Error):
+        family = _list_family(psutil.Process(process.pid))
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_S)
+        for one in family:
+            with suppress(psutil.Error):
+                one.kill()
 
 
 def read_cpu_s(process: psutil.Process) -> float:

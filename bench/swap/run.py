@@ -69,7 +69,7 @@ class SwapConfig:
         tuple[str, ...], Flag("checkpoint, folder or hub id; given twice", metavar="M", group="engines", repeated=True)
     ]
     eager: Annotated[bool, Flag("no compilation: starts fast, runs slowly")] = False
-    kv_cache_gib: Annotated[float, Flag("KV cache of each engine (default: 1)", metavar="G")] = 1.0
+    kv_cache_gib: Annotated[float, Flag("KV cache of each engine (default: 1)", metavar="G", at_least=0.01)] = 1.0
     max_model_len: Annotated[int, Flag("longest prompt and answer (default: 256)", metavar="N", at_least=32)] = 256
     sleep_level: Annotated[
         int, Flag("of vLLM's: measure engines that sleep, too; needs a GPU (default: 0, none)", metavar="L", at_least=0)
@@ -112,7 +112,7 @@ class SwapConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     command = Command(
-        "bench/swap", SwapConfig, __doc__, EXAMPLES, measures=True, interrupted="swap.json has the rounds that are done"
+        "bench/swap", SwapConfig, __doc__, EXAMPLES, measures=True, interrupted="swap.json has the rounds that were done, if any"
     )
     return command.run(argv, measure_swaps, show=render_text, line=Brief())
 

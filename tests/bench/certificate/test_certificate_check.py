@@ -181,6 +181,13 @@ def test_file_that_is_no_certificate_is_refused(check: Any, tmp_path: Path) -> N
     assert "none.json: expected a result file" in lines[0]
 
 
+def test_its_own_help_is_shown_as_the_help_says(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        certify.main(["--check", "--help"])
+    assert ended.value.code == 0
+    assert "usage: bench/certify.py --check" in capsys.readouterr().out
+
+
 def test_hash_is_of_the_parts_alone() -> None:
     one = make_identity({"b": "2", "a": "1"}, {"target": "here"})
     assert one == make_identity({"a": "1", "b": "2"}, {"target": "here"})

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from laguna_serve.bench import fuzz
 from laguna_serve.bench.fuzzing.client import check_batch, judge, open_session
 from laguna_serve.bench.fuzzing.minimise import minimise
 from laguna_serve.bench.fuzzing.options import FuzzConfig
@@ -161,3 +162,13 @@ def test_a_run_is_resumed_where_it_stopped_and_otherwise_begun_anew(tmp_path: Pa
     anew = Fuzz(FuzzConfig(model="m", out=tmp_path), quiet).report()
     assert (anew.batches, anew.findings, (tmp_path / "sent.jsonl").read_text()) == (0, [], "")
     assert read_result(tmp_path / "fuzz.json", FuzzResult) == anew
+
+
+def test_model_that_is_not_there_leaves_an_earlier_run_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sent.jsonl").write_text("earlier")
+    assert fuzz.main(["--model", str(tmp_path / "nowhere"), "--minutes", "1", "--out", str(tmp_path)]) == 2
+    assert "expected an existing folder or a hub id" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["sent.jsonl"]
+    assert (tmp_path / "sent.jsonl").read_text() == "earlier"

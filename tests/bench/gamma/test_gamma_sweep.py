@@ -22,6 +22,7 @@ from laguna_serve.bench.gamma import points
 from laguna_serve.bench.gamma.mixed_load import compare_schedule, find_best_single, make_mixed_plan
 from laguna_serve.bench.gamma.options import SweepConfig, parse_ablation
 from laguna_serve.bench.gamma.points import read_points
+from laguna_serve.bench.gamma.report import render_text
 from laguna_serve.bench.gamma.result import PointFigures, SweepResult
 from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.bench.harness.run import MeasurementStoppedError
@@ -439,6 +440,12 @@ def test_auto_gamma_without_a_sweep_says_how_to_get_one(cache: Path) -> None:
     path.write_text("{")
     with pytest.raises(CheckpointError, match="expected a sweep's schedule"):
         serve_config("--draft", str(TOY / "dflash"), "--gamma", "auto")
+
+
+def test_cost_that_falls_with_gamma_is_written_with_one_sign() -> None:
+    result = read_result(COMMITTED, SweepResult)
+    falling = {key: structs.replace(cost, fixed=2.81, per_token=-0.353) for key, cost in result.cost.items()}
+    assert "costs 3.81 − 0.353·γ plain steps" in render_text(structs.replace(result, cost=falling))
 
 
 def test_picture_is_drawn(tmp_path: Path) -> None:

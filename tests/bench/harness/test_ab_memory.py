@@ -9,6 +9,7 @@ from ab_harness import PROMPTS, RunAb, mock_launchers
 from mock_engine import MockEngine, Settings
 
 from laguna_serve.bench import ab
+from laguna_serve.bench.arms.arms import Arm, ArmSpec
 
 SAID = """\
 Initializing a V1 LLM engine (v0.32.0) with config: model='m', dtype=torch.float16, max_seq_len=64
@@ -49,3 +50,15 @@ def test_endpoint_says_nothing(run_ab: RunAb, prompts_file: Path, tmp_path: Path
             out=tmp_path / "out",
         )  # fmt: skip
         assert ab.compare(config).arms["baseline"].engine is None
+
+
+def test_memory_of_an_engine_that_is_gone_is_not_known(tmp_path: Path) -> None:
+    """It was 0.00 GiB, in the table and in the file."""
+
+    class Gone:
+        log_path = tmp_path / "engine.log"
+
+        def pids(self) -> list[int]:
+            return [2**22 + 1]  # beyond Linux's largest
+
+    assert Arm(ArmSpec("baseline", "b"), "http://127.0.0.1:9", None, Gone()).read_memory() is None  # type: ignore[arg-type]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import socket
 import socketserver
+import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from laguna_serve.bench import gateway
-from laguna_serve.bench.relay import load_client
+from laguna_serve.bench.relay import load_client, processes
+from laguna_serve.serving.engine import find_port
 from laguna_serve.serving.kit.results import read_result
 
 pytestmark = pytest.mark.slow
@@ -51,10 +55,10 @@ def test_peer_that_fails_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtur
     "flags",
     [
         ["--peer", "direct=http://127.0.0.1:1"],
-        ["--start", "laguna=relay {port} {engine}"],
+        ["--start", "laguna=sh {port} {engine}"],
         ["--workers", "2", "--peer", "laguna 2 workers=http://127.0.0.1:1"],
         ["--peer", "a=http://127.0.0.1:1", "--peer", "a=http://127.0.0.1:2"],
-        ["--start", "a/b=relay {port} {engine}"],
+        ["--start", "a/b=sh {port} {engine}"],
     ],
 )
 def test_paths_have_names_of_their_own(flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -64,10 +68,59 @@ def test_paths_have_names_of_their_own(flags: list[str], capsys: pytest.CaptureF
     assert "--start and --peer: expected a name of its own" in capsys.readouterr().err
 
 
-def test_peer_needs_a_url(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("peer", ["router", "a=http://", "a=http://127.0.0.1:99999", "a=http://127.0.0.1:x"])
+def test_peer_needs_a_url(peer: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A port that is none ended in a traceback, when all else was up."""
     with pytest.raises(SystemExit, match="2"):
-        gateway.main(["--peer", "router", "--out", str(tmp_path)])
-    assert "expected NAME=http://host:port, got 'router'" in capsys.readouterr().err
+        gateway.main(["--peer", peer, "--out", str(tmp_path)])
+    assert f"expected NAME=http://host:port, got {peer!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ('sh -c "{port} {engine}', "No closing quotation"),
+        ("no-such-relay {port} {engine}", "got no program 'no-such-relay'"),
+    ],
+)
+def test_relay_that_cannot_be_started_is_refused_with_the_flags(
+    command: str, line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gateway.main(["--start", f"a={command}", "--out", str(tmp_path)])
+    assert line in capsys.readouterr().err
+
+
+def test_port_that_is_taken_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert gateway.main(["--engine-port", str(port), "--out", str(tmp_path)]) == 2
+    expected = f"port: expected 127.0.0.1:{port} to be free, got Address already in use; choose another port"
+    assert expected in capsys.readouterr().err
+
+
+def test_files_go_to_folders_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / 'a "quoted" \\ name'
+    folder.mkdir()
+    tables = tomllib.loads(processes.write_config(folder, [1]).read_text())
+    assert tables["access"]["usage_file"] == str(folder / "usage.sqlite")
+
+
+def test_relay_that_does_not_end_by_itself_is_killed_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command waited for it for ever, and left what it had started."""
+    monkeypatch.setattr(processes, "END_S", 0.2)
+    port = find_port("127.0.0.1")
+    child = f"{sys.executable} -m http.server {port} --bind 127.0.0.1"
+    command = ["sh", "-c", f"trap : TERM; {child} & while :; do sleep 0.1; done"]
+    with processes.run_child(command, port, tmp_path / "a.log") as relay:
+        family = [relay, *relay.children(recursive=True)]
+        assert len(family) > 1
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_gateway_is_measured_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,6 +81,9 @@ def test_two_models_are_needed_and_a_gpu_to_sleep_on(tmp_path: Path, monkeypatch
             SwapConfig(model=models, out=tmp_path)
     with pytest.raises(FlagError, match="--sleep-level: expected 0, 1 or 2, got 3"):
         SwapConfig(model=("a", "b"), sleep_level=3, out=tmp_path)
+    for size in (-1.0, 0.0, float("nan")):
+        with pytest.raises(FlagError, match="--kv-cache-gib: expected"):
+            SwapConfig(model=("a", "b"), kv_cache_gib=size, out=tmp_path)
     monkeypatch.setattr(run, "require_device", lambda: type("Device", (), {"kind": "cpu"}))
     with pytest.raises(FlagError, match="--sleep-level: expected a GPU, got a CPU"):
         measure_swaps(SwapConfig(model=("a", "b"), sleep_level=1, out=tmp_path))
