@@ -112,7 +112,12 @@ class SwapConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     command = Command(
-        "bench/swap", SwapConfig, __doc__, EXAMPLES, measures=True, interrupted="swap.json has the rounds that were done, if any"
+        "bench/swap",
+        SwapConfig,
+        __doc__,
+        EXAMPLES,
+        measures=True,
+        interrupted="swap.json has the rounds that were done, if any",
     )
     return command.run(argv, measure_swaps, show=render_text, line=Brief())
 

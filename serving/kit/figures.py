@@ -15,6 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from laguna_serve.serving.kit.files import write_stream
+
 INK, SOFT, FAINT = "#1f2933", "#5f6b78", "#d9dee4"
 # Better and worse than the baseline.
 GOOD, BAD = "#0b7a75", "#c2410c"
@@ -22,12 +24,16 @@ GOOD, BAD = "#0b7a75", "#c2410c"
 
 @contextmanager
 def open_figure(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[tuple[Figure, Any]]:
-    """Open a figure and its axes (as plt.subplots gives them) to draw into; written to `path` as PNG at the end."""
+    """Open a figure and its axes (as plt.subplots gives them) to draw into; written to `path` as PNG at the end.
+
+    Raises:
+        WriteError: it cannot be written; an earlier picture stays.
+    """
     with plt.rc_context({"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK}):
         figure, axes = plt.subplots(rows, columns, dpi=150, **options)
         try:
             yield figure, axes
-            figure.savefig(path, metadata={"Software": None})
+            write_stream(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
         finally:
             plt.close(figure)
 
