@@ -113,23 +113,30 @@ def open_background(config: Config, reload: Callable[[], Config] | None = None) 
 @contextlib.contextmanager
 def _run_in_thread(listeners: Listeners, reload: Callable[[], Config] | None) -> Iterator[GatewayServer]:
     """Run a gateway from the moment when it is ready until the block ends."""
-    ready = threading.Event()
+    # `ended` and not the thread's own end: a join that a signal interrupts takes it for over (Python 3.11).
+    ready, ended = threading.Event(), threading.Event()
     server = _make_server(listeners, ready.set, reload)
-    thread = threading.Thread(target=server.run, args=(listeners.server,), name="gateway", daemon=True)
-    thread.start()
+
+    def run() -> None:
+        try:
+            server.run(listeners.server)
+        finally:
+            ended.set()
+
+    threading.Thread(target=run, name="gateway", daemon=True).start()
     try:
         while not ready.wait(0.1):
-            if not thread.is_alive():
+            if ended.is_set():
                 url = find_url(listeners.config.server)
                 raise EngineError(f"gateway: expected it to listen at {url}, got an error; see above")
         yield server
     finally:
         server.handle_exit(signal.SIGTERM, None)
         try:
-            thread.join(listeners.config.server.shutdown_timeout_s)
+            ended.wait(listeners.config.server.shutdown_timeout_s)
         finally:
             server.force_exit = True
-            thread.join(STOP_S)
+            ended.wait(STOP_S)
             gc.unfreeze()  # what the rest of this process no longer needs may go again
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import signal
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from gateway_fakes import Upstream, gateway, make_request, read_reply, wait_unti
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.gateway import run
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.clients.answer import Answer
 from laguna_serve.serving.gateway.clients.protocol import GatewayProtocol
@@ -204,6 +209,30 @@ def server_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFi
     logging.getLogger("uvicorn.error").addHandler(caplog.handler)
     yield caplog
     logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+
+
+def test_an_interrupted_end_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while it ended: the process went on to its own end beside it, which left a traceback."""
+
+    class Slow:
+        force_exit = ended = False
+
+        def __init__(self, _listeners: object, ready: Callable[[], None], _reload: object) -> None:
+            ready()
+
+        def run(self, _sockets: object) -> None:
+            while not self.force_exit:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            Slow.ended = True
+
+        def handle_exit(self, _signal: int, _frame: object) -> None:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    monkeypatch.setattr(run, "_make_server", Slow)
+    with pytest.raises(KeyboardInterrupt), open_background(CONFIG):
+        pass
+    assert Slow.ended
 
 
 def test_a_forced_end_is_no_error(server_log: pytest.LogCaptureFixture) -> None:
