@@ -49,7 +49,7 @@ from laguna_serve.serving.kit.cli import CONTINUES, HELD, run_command
 from laguna_serve.serving.kit.files import hash_file
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_TEXT, MOST_THREADS, Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.results import to_json
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import RunDirError, check_out, hold_folders
 
 if TYPE_CHECKING:
     from laguna_serve.scripts.training.pruning.measurement import Measured, Measurement
@@ -60,6 +60,8 @@ EXAMPLES = """examples:
   python scripts/score_experts.py MODEL --score heapr --text chunks.npy --device cuda --dtype bfloat16 --out DIR
   python scripts/score_experts.py MODEL --text conversations.jsonl --out DIR --dry-run    what it would take
   python scripts/score_experts.py MODEL --atomic-scores theirs.npy --out DIR       somebody else's scores
+
+exit status: 0 written, 2 it could not run, 130 interrupted
 """
 
 # What decides how scores are measured, and means nothing where they are given.
@@ -110,6 +112,11 @@ class ScoreConfig:
         if self.atomic_scores is not None and given is not None:
             raise FlagError(f"--{given}: expected none beside --atomic-scores, which are not measured; leave one out")
 
+    @property
+    def work_folder(self) -> Path:
+        """Where activations and gradients lie."""
+        return self.work if self.work is not None else self.out / "work"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
@@ -149,8 +156,17 @@ def score_experts(config: ScoreConfig) -> ScoresManifest:
     """
     check_out(config.out)
     folder = require_folder(config.teacher)
+    if config.out.resolve() == folder.resolve():
+        expected = "expected a folder for the artefacts, got the model's, of which they would become part"
+        raise RunDirError(f"--out {config.out}: {expected}; choose another")
     shape = read_shape(read_config(folder), config.teacher)
     block_size = choose_block_size(config.block_size, shape)
+    with hold_folders(config.out, *(() if config.atomic_scores is not None else (config.work_folder,))):
+        return _score(config, folder, shape, block_size)
+
+
+def _score(config: ScoreConfig, folder: Path, shape: ExpertShape, block_size: int) -> ScoresManifest:
+    """Score, group, rank and write, alone in the folders."""
     measured: Measured | None = None
     if config.atomic_scores is not None:
         scores = read_scores(config.atomic_scores, shape)
@@ -182,7 +198,7 @@ def measure_scores(config: ScoreConfig, folder: Path, shape: ExpertShape) -> Mea
     if plan.rows:
         say(f"{plan.tokens} tokens of {config.text} in {plan.rows} rows")
     say(plan.describe())
-    return measurement.run(config.work if config.work is not None else config.out / "work")
+    return measurement.run(config.work_folder)
 
 
 def open_measurement(config: ScoreConfig, folder: Path, shape: ExpertShape) -> Measurement:

@@ -32,12 +32,12 @@ from laguna_serve.scripts.training.devices import require_device
 from laguna_serve.serving.checkpoint.folder import find_folder
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
-from laguna_serve.serving.kit.environment import current_argv, read_environment
+from laguna_serve.serving.kit.environment import Environment, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, hold_folder
 
 EXAMPLES = """examples:
   .venv-train/bin/python scripts/dante ablate MODEL --cache out/cache --held-out out/held-out --out out/ablation
@@ -131,8 +131,18 @@ def ablate(config: AblateConfig) -> AblationResult:
         "teacher": [Passage(record.prompt, record.teacher_text) for record in held_out],
         "other": cut_passages(read_documents(config.other), config.passages, config.characters),
     }
+    with hold_folder(config.out):
+        result = _run_arms(config, environment, texts)
+        write_result(config.out / "ablation.json", result)
+        write_text(config.out / "ablation.md", format_ablation(result) + "\n")
+        draw_ablation(result, config.out / "ablation.png")
+    return result
+
+
+def _run_arms(config: AblateConfig, environment: Environment, texts: dict[str, list[Passage]]) -> AblationResult:
+    """Train and measure what is missing of every arm and seed."""
     work = config.out / "work"
-    claim_folder(work, _list_settings(config, texts))
+    claim_folder(work, _list_settings(config, texts), alone=True)
     progress = Progress()
     readings = {BASE: {0: measure_student(config, config.model, work / f"{BASE}-0.json", texts)}}
     arms: dict[str, list[DanteResult]] = {}
@@ -152,11 +162,7 @@ def ablate(config: AblateConfig) -> AblationResult:
         )
         for name, runs in arms.items()
     )
-    result = compare_arms(environment, str(config.model), config.steps, config.batch, summaries, readings)
-    write_result(config.out / "ablation.json", result)
-    write_text(config.out / "ablation.md", format_ablation(result) + "\n")
-    draw_ablation(result, config.out / "ablation.png")
-    return result
+    return compare_arms(environment, str(config.model), config.steps, config.batch, summaries, readings)
 
 
 def cut_passages(documents: Sequence[str], count: int, characters: int) -> list[Passage]:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,7 +32,7 @@ from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bou
 from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, hold_folder
 from laguna_serve.serving.kit.tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +74,14 @@ class CacheConfig:
         check_bounds(self)
         if self.samples and not self.temperature:
             raise FlagError("--temperature: expected more than 0, got 0: samples would all be the greedy answer")
+
+
+class Counts(NamedTuple):
+    """How many prompts there are, different ones of them, and of these without a problem's words."""
+
+    given: int
+    different: int
+    clean: int
 
 
 class CacheSpread(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,11 +142,17 @@ def make_cache(config: CacheConfig) -> CacheResult:
     prompts = list({msgspec.json.encode(prompt): prompt for prompt in every}.values())
     known = read_grams(config.evaluations)
     clean = [prompt for prompt in prompts if known.isdisjoint(list_grams(join_text(prompt)))]
-    said = _ask(config, clean)
+    with hold_folder(config.out):
+        said = _ask(config, clean)
+        return _write(config, Counts(len(every), len(prompts), len(clean)), known, said)
+
+
+def _write(config: CacheConfig, of: Counts, known: set[int], said: list[Said]) -> CacheResult:
+    """Write the shards of what is kept of the answers, and what became of all."""
     spoken = [answer for answer in said if answer.text]
     kept = [answer for answer in spoken if known.isdisjoint(list_grams(answer.text))]
     if not kept:
-        got = f"{len(every)} prompts, {len(clean)} of them different and clean, {len(spoken)} with an answer"
+        got = f"{of.given} prompts, {of.clean} of them different and clean, {len(spoken)} with an answer"
         raise CacheError(f"{config.prompts}: expected prompts with answers to keep, got none of {got}")
     records = score_records(kept)
     shards = _write_shards(config, records)
@@ -147,11 +161,11 @@ def make_cache(config: CacheConfig) -> CacheResult:
     result = CacheResult(
         out=str(config.out),
         teacher=records[0].teacher,
-        prompts=len(every),
-        duplicates=len(every) - len(prompts),
-        contaminated_prompts=len(prompts) - len(clean),
+        prompts=of.given,
+        duplicates=of.given - of.different,
+        contaminated_prompts=of.different - of.clean,
         contaminated_answers=len(spoken) - len(kept),
-        empty=len(clean) - len(spoken),
+        empty=of.clean - len(spoken),
         records=len(records),
         cut_off=sum(record.is_cut_off for record in records),
         shards=shards,
@@ -197,7 +211,7 @@ def _ask(config: CacheConfig, prompts: list[Prompt]) -> list[Said]:
         config.max_tokens, config.samples, config.temperature, config.top_logprobs, config.seed, config.openai_only
     )
     work = config.out / "work"
-    claim_folder(work, {"manner": asdict(manner), "model": config.model})
+    claim_folder(work, {"manner": asdict(manner), "model": config.model}, alone=True)
     progress = Progress()
     journal = Journal(work / "answers.jsonl", Said, progress.say)
     asyncio.run(ask_teacher(prompts, manner, journal, config.endpoint, config.model, config.concurrency, progress))

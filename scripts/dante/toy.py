@@ -43,7 +43,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_THREADS, BoundedConfig, Flag, Quick
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, hold_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_HEAD = 240
@@ -120,6 +120,12 @@ def prove(config: DanteToyConfig) -> DanteToyResult:
     """
     require_trainer()
     check_out(config.out)
+    with hold_folder(config.out):
+        return _prove(config)
+
+
+def _prove(config: DanteToyConfig) -> DanteToyResult:
+    """Do what is missing, alone in the folder."""
     began = time.monotonic()
     settings = [config.prompts, config.held_out, config.max_tokens, config.base_steps, config.steps, config.batch]
     claim_folder(config.out, {"toy": [*settings, config.lr, str(config.teacher)]})

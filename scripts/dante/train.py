@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -35,9 +36,12 @@ from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_work, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, claim_work, fingerprint, hold_folders, is_begun
 from laguna_serve.serving.kit.signals import defer_signals
 from laguna_serve.serving.kit.tables import Table
+
+if TYPE_CHECKING:
+    from laguna_serve.scripts.dante.run import Run
 
 RESULT = "training.json"
 EXAMPLES = """examples:
@@ -88,8 +92,6 @@ def train_student(config: DanteConfig) -> DanteResult:
     work = config.work or config.out.with_name(f"{config.out.name}.work")
     check_own(config.out, [config.model], own=is_begun(work) or (config.out / RESULT).exists())
     from laguna_serve.scripts.dante.run import Run
-    from laguna_serve.scripts.dante.student_card import CURVES, describe_taught, write_curves
-    from laguna_serve.scripts.training.card import write_card
 
     began = time.monotonic()
     records = draw_records(read_cache(config.cache), config.share, config.seed)
@@ -97,14 +99,37 @@ def train_student(config: DanteConfig) -> DanteResult:
     run = Run(config, work)
     taught = encode_records(ordered, run.tokenizer, config.length, config.entropy_scale)
     run.count_rows(taught)
-    if run.is_main:
-        texts = [[record.teacher_text, record.output_entropy] for record in ordered]
-        claim_work(work, config.out, {**config.decisive, "model": fingerprint(str(config.model)), "records": texts})
-    run.wait()  # the folder is there for all
-    with defer_signals():
-        run.train(taught)
-    weights = weigh_rows(taught, config)
-    result = DanteResult(
+    # One process of several holds them for all.
+    with hold_folders(*((config.out, work) if run.is_main else ())):
+        if run.is_main:
+            texts = [[record.teacher_text, record.output_entropy] for record in ordered]
+            claim_work(work, config.out, {**config.decisive, "model": fingerprint(str(config.model)), "records": texts})
+        run.wait()  # the folder is there for all
+        with defer_signals():
+            run.train(taught)
+        result = _describe(config, run, taught, began)
+        run.wait()  # none reads its state any more
+        if run.is_main:
+            _write(config, run, result, sorted({record.teacher for record in records}))
+            shutil.rmtree(work)
+    run.wait()
+    return result
+
+
+def _write(config: DanteConfig, run: Run, result: DanteResult, teachers: list[str]) -> None:
+    """Write the student, and beside it how it went."""
+    from laguna_serve.scripts.dante.student_card import CURVES, describe_taught, write_curves
+    from laguna_serve.scripts.training.card import write_card
+
+    run.save()
+    write_result(config.out / RESULT, result)
+    write_curves(result, config.out / CURVES)
+    write_card(describe_taught(result, teachers, config.out), config.out)
+
+
+def _describe(config: DanteConfig, run: Run, taught: TaughtRows, began: float) -> DanteResult:
+    """Put together how it went."""
+    return DanteResult(
         environment=read_environment(current_argv()),
         model=str(config.model),
         out=str(config.out),
@@ -116,21 +141,11 @@ def train_student(config: DanteConfig) -> DanteResult:
         batch=config.batch,
         processes=run.processes,
         epochs=round(config.steps * config.batch / run.rows, 3),
-        weights=weights,
+        weights=weigh_rows(taught, config),
         drift=run.drift,
         minutes=round((time.monotonic() - began) / 60, 2),
         log=tuple(run.log),
     )
-    run.wait()  # none reads its state any more
-    if run.is_main:
-        run.save()
-        write_result(config.out / RESULT, result)
-        write_curves(result, config.out / CURVES)
-        teachers = sorted({record.teacher for record in records})
-        write_card(describe_taught(result, teachers, config.out), config.out)
-        shutil.rmtree(work)
-    run.wait()
-    return result
 
 
 def weigh_rows(taught: TaughtRows, config: DanteConfig) -> tuple[float, float, float]:

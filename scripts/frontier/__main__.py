@@ -23,7 +23,7 @@ from laguna_serve.serving.kit.cli import CONTINUES
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import check_out, hold_folder
 
 EXAMPLES = """
 examples:
@@ -62,10 +62,11 @@ def measure_frontier(config: FrontierConfig) -> FrontierResult:
     from laguna_serve.scripts.frontier.measurement import measure
     from laguna_serve.scripts.frontier.plot import draw_frontier
 
-    result = measure(config)
-    write_result(config.out / "frontier.json", result)
-    write_text(config.out / "frontier.md", format_page(result))
-    draw_frontier(result, config.out / "frontier.png")
+    with hold_folder(config.out):
+        result = measure(config)
+        write_result(config.out / "frontier.json", result)
+        write_text(config.out / "frontier.md", format_page(result))
+        draw_frontier(result, config.out / "frontier.png")
     return result
 
 

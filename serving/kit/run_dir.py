@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from laguna_serve.serving.kit.errors import CommandError
@@ -42,14 +42,7 @@ def make_out(folder: Path, flag: str = "--out") -> None:
         RunDirError: `check_out` refuses it, or the system does.
     """
     check_out(folder, flag)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirError(_refuse_folder(f"{flag} {folder}", error)) from None
-
-
-def _refuse_folder(subject: str, error: OSError) -> str:
-    return f"{subject}: expected a folder that can be made, got {error.strerror or error}; choose another"
+    _make_folder(folder, f"{flag} {folder}")
 
 
 def check_out_file(file: Path, flag: str = "--out") -> None:
@@ -65,8 +58,10 @@ def check_out_file(file: Path, flag: str = "--out") -> None:
     make_out(file.parent, flag)
 
 
-def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
+def claim_folder(folder: Path, settings: Mapping[str, object], *, alone: bool = False) -> None:
     """Make the folder and note what its parts were measured with (JSON values).
+
+    alone: whoever calls holds it (`hold_folder`): one that was begun with other settings and has no parts is taken.
 
     Raises:
         RunDirError: it holds the parts of another measurement, or is a file.
@@ -74,27 +69,26 @@ def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
     """
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
     noted = folder / NOTE
-    if noted.exists():
+    if noted.exists() and not (alone and all(path == noted for path in folder.rglob("*") if path.is_file())):
         if noted.read_bytes() != digest.encode():
             expected = "the parts of this measurement"
             raise RunDirError(f"{folder}: expected {expected}, got another one's; choose another --out or remove it")
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise RunDirError(f"{folder}: expected a folder, got a file in its place; choose another --out") from None
-    except OSError as error:
-        raise RunDirError(_refuse_folder(str(folder), error)) from None
+    _make_folder(folder)
     write_text(noted, digest)
 
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Keep a second run out, whose files would have the same names; a process that ends takes its lock with it.
+    """Make the folder and keep a second run out, whose files would have the same names.
+
+    A process that ends takes its lock with it. What was made for it and is still empty at the end is removed.
 
     Raises:
-        RunDirError: another one holds it.
+        RunDirError: another one holds it, or a file is in its place.
     """
+    made = not folder.exists()
+    _make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +100,19 @@ def hold_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if made:
+            with suppress(OSError):  # it has files
+                folder.rmdir()
         os.close(descriptor)
+
+
+@contextmanager
+def hold_folders(*folders: Path) -> Iterator[None]:
+    """Hold several folders as `hold_folder`, one that is named twice once. Raises RunDirError."""
+    with ExitStack() as held:
+        for folder in {folder.resolve(): folder for folder in folders}.values():
+            held.enter_context(hold_folder(folder))
+        yield
 
 
 def claim_work(work: Path, out: Path, settings: Mapping[str, object]) -> None:
@@ -151,3 +157,14 @@ def fingerprint(path: str) -> str:
         return ""
     parts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(found.iterdir()) if p.is_file()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _make_folder(folder: Path, subject: str | None = None) -> None:
+    subject = subject or str(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RunDirError(f"{subject}: expected a folder, got a file in its place; choose another --out") from None
+    except OSError as error:
+        expected = f"expected a folder that can be made, got {error.strerror or error}"
+        raise RunDirError(f"{subject}: {expected}; choose another") from None

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from laguna_serve.serving.kit.run_dir import hold_folder
+
 TOY = Path(__file__).resolve().parents[1] / "toy"
 NOBODY = ["--base-url", "http://127.0.0.1:1"]
 COMMANDS = {
@@ -38,3 +40,29 @@ def test_a_file_in_the_place_of_out(name: str, tmp_path: Path, capsys: pytest.Ca
         assert error.count("\n") == 1
         assert f"expected a folder, got the file {tmp_path / 'file'}; choose another" in error
     assert (tmp_path / "file").read_text() == "mine"
+
+
+ALONE = {
+    "scripts.score_experts": [str(TOY / "teacher"), "--score", "magnitude"],
+    "scripts.distill_dense": [str(TOY / "teacher"), "--text", str(TOY / "README.md"), "--work", "WORK"],
+    "scripts.training.drafter.command": [str(TOY / "teacher"), "--prompts", str(TOY / "prompts.jsonl")],
+    "scripts.training.dense.experiments.__main__": [str(TOY / "teacher")],
+    "scripts.training.diffusion.distil": [str(TOY / "llada"), str(TOY / "llada-draft")],
+    "scripts.training.diffusion.toy": ["--work", "WORK"],
+    "scripts.frontier.__main__": ["--model", str(TOY / "teacher")],
+    "scripts.dante.cache": [str(TOY / "prompts.jsonl"), "--endpoint", "http://127.0.0.1:1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_a_second_run_is_kept_out_at_once(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of them wrote to the same states, without a word."""
+    out = tmp_path / "out"
+    flags = [str(tmp_path / "work") if flag == "WORK" else flag for flag in ALONE[name]]
+    module = importlib.import_module(f"laguna_serve.{name}")
+    with hold_folder(out):
+        assert module.main([*flags, "--out", str(out)]) == 2
+        assert list(out.iterdir()) == []
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"{out}: expected to write alone, got another run at it; wait for its end")

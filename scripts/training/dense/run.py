@@ -43,10 +43,12 @@ from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.checkpoint.digest import digest_checkpoint
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.kit.environment import current_argv, read_environment
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import check_out, hold_folder, hold_folders
 
 REMEDY = "distil from the bf16 or FP8 release"
 MEASURED_ROWS = 64
+# In the work folder: where the student was written to.
+SAVED = "saved.txt"
 
 
 @dataclass(slots=True)
@@ -104,14 +106,22 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
     Raises:
         CommandError: teacher, text, widths, store or folders cannot be used.
     """
-    folder, recipe = require_folder(config.teacher), config.recipe
+    folder = require_folder(config.teacher)
     config.check_processes(ranks.size)
-    work = open_work(config, recipe, folder, ranks)
-    saved = work / "saved.txt"
+    work = open_work(config, config.recipe, folder, ranks)
+    saved = work / SAVED
     if not config.only_store:
         check_out(config.out)
         here = saved.exists() and saved.read_text() == str(config.out.resolve())
         check_own(config.out, [folder], own=here or (config.out / MANIFEST).exists())
+    held = [work] if config.only_store else [work, config.out]
+    with hold_folders(*(held if ranks.first else ())):
+        return _distil(config, ranks, folder, work)
+
+
+def _distil(config: DistillConfig, ranks: Ranks, folder: Path, work: Path) -> DistillResult | None:
+    """Do what is missing of both stages, alone in the folders."""
+    recipe = config.recipe
     # Refused before the text is read and the weights are.
     widths = student.choose_widths(read_laguna(folder), dict(config.width))
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
@@ -142,7 +152,7 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
     if not ranks.first:
         return None
 
-    saved.write_text(str(config.out.resolve()))
+    (work / SAVED).write_text(str(config.out.resolve()))
     save_checkpoint(config.out, partial(student.save_padded, model, tokenizer, widths, getattr(torch, config.dtype)))
     true = sum(p.numel() for p in model.parameters())
     padded = true + sum(3 * (max(widths) - width) * model.config.hidden_size for width in widths)
@@ -233,7 +243,7 @@ def make_store(
     if is_made(folder, header):  # by whichever source: no server need be up any more
         return LogitStore(folder)
     server = EndpointTeacher(config.endpoint, config.model, k) if config.endpoint and ranks.first else None
-    with server or nullcontext():
+    with hold_folder(folder) if ranks.first else nullcontext(), server or nullcontext():
         if server is not None:
             header = msgspec.structs.replace(header, source=f"endpoint {server.name}")
         if ranks.first:

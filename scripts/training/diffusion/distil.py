@@ -32,7 +32,8 @@ from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_indented
-from laguna_serve.serving.kit.run_dir import check_out, claim_work, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, claim_work, fingerprint, hold_folders, is_begun
+from laguna_serve.serving.kit.signals import defer_signals
 
 EXAMPLES = """examples:
   python scripts/training/diffusion/distil.py tests/toy/llada out/pruned --steps 300 --out out/draft
@@ -132,14 +133,20 @@ def teach(config: DistilConfig) -> DistilResult:
         RunDirError: the work folder is another run's, or holds others' files.
         WriteError: a file cannot be written.
     """
-    from transformers import PreTrainedTokenizerFast
-
-    began = time.monotonic()
     check_out(config.out)
     work = config.work or config.out.with_name(f"{config.out.name}.work")
     own = is_begun(work) or (config.out / RESULT).exists()
     check_own(config.out, [config.model, config.student], own=own)
     require_device(config.device)
+    with hold_folders(config.out, work):
+        return _teach(config, work)
+
+
+def _teach(config: DistilConfig, work: Path) -> DistilResult:
+    """Train, write and measure, alone in the folders."""
+    from transformers import PreTrainedTokenizerFast
+
+    began = time.monotonic()
     shapes = [read_config(folder) for folder in (config.model, config.student)]
     if shapes[0].vocab_size != shapes[1].vocab_size or shapes[0].mask_token_id != shapes[1].mask_token_id:
         raise DiffusionError(
@@ -163,7 +170,9 @@ def teach(config: DistilConfig) -> DistilResult:
     claim_work(work, config.out, _list_settings(config, text.digest))
     rows = DrawnRows(seen, config.batch, config.device)
     schedule = Schedule(config.steps, config.lr, weight_decay=0.01)
-    distil(teacher, student, rows, schedule, config.seed + 1, config.direction, work / "student.state", config.threads)
+    state, threads = work / "student.state", config.threads
+    with defer_signals():
+        distil(teacher, student, rows, schedule, config.seed + 1, config.direction, state, threads)
     write_checkpoint(config.out, student.config, student.state_dict(), config.model)
     # What is measured is what is stored, in bfloat16.
     stored = load_model(config.out, device=config.device)

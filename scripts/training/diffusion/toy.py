@@ -37,7 +37,8 @@ from laguna_serve.serving.kit.environment import current_argv
 from laguna_serve.serving.kit.files import hash_file
 from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag
 from laguna_serve.serving.kit.results import write_indented
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import check_out, hold_folders
+from laguna_serve.serving.kit.signals import defer_signals
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
@@ -119,14 +120,20 @@ def make_pair(config: ToyPairConfig) -> ToyPairResult:
     torch.set_num_threads(pretraining.THREADS)
     work = config.work or ROOT / ".cache" / f"llada-{config.seed}-{config.steps}-{config.distillation_steps}"
     check_out(work, "--work")
-    work.mkdir(parents=True, exist_ok=True)
+    with hold_folders(config.out, work):
+        return _make_pair(config, work)
+
+
+def _make_pair(config: ToyPairConfig, work: Path) -> ToyPairResult:
+    """Do what is missing, alone in the folders; Ctrl-C is obeyed between two steps of training."""
     started = time.process_time()
     modules = corpus.read_modules()
     seen, unseen = ([m for m in modules if m.held_out == held] for held in (False, True))
     tokenizer = load_tokenizer(TOY / "teacher")
     rows = pretraining.CutRows(seen, tokenizer)
     model = pretraining.start_model(config.seed)
-    pretraining.train_masked(model, rows, config.seed, config.steps, work / "llada.state")
+    with defer_signals():
+        pretraining.train_masked(model, rows, config.seed, config.steps, work / "llada.state")
     folder, draft_folder, pruned = config.out / "llada", config.out / "llada-draft", work / "pruned"
     write_checkpoint(folder, model.config, model.state_dict(), TOY / "teacher")
     # What is measured and taught is what is stored, in bfloat16.
@@ -138,7 +145,9 @@ def make_pair(config: ToyPairConfig) -> ToyPairResult:
     held_out = [torch.tensor(tokenizer(m.text)["input_ids"][: pretraining.LENGTH]) for m in unseen]
     before = _measure(teacher, student, held_out, config.seed)
     schedule = Schedule(config.distillation_steps, DISTILLATION_LR, weight_decay=0.01)
-    distil(teacher, student, rows, schedule, config.seed + 1, DIRECTION, work / "draft.state", pretraining.THREADS)
+    state = work / "draft.state"
+    with defer_signals():
+        distil(teacher, student, rows, schedule, config.seed + 1, DIRECTION, state, pretraining.THREADS)
     write_checkpoint(draft_folder, student.config, student.state_dict(), TOY / "teacher")
     after = _measure(teacher, load_model(draft_folder), held_out, config.seed)
     files = sorted(path for made in (folder, draft_folder) for path in made.iterdir())

@@ -116,7 +116,7 @@ class AnswerSource:
         if not asks:
             return self._check_rows(answers.learned, answers.measured)
         how = {"target": fingerprint(str(self.folder)), "max_tokens": config.max_tokens, "eos": config.ignore_eos}
-        claim_folder(self._journal_path.parent, how)
+        claim_folder(self._journal_path.parent, how, alone=True)
         asking = Asking(config.max_tokens, config.ignore_eos, config.concurrency)
         if config.endpoint is not None:
             journal = open_journal(self._journal_path, self.progress)

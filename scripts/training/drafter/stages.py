@@ -50,7 +50,7 @@ from laguna_serve.serving.kit.errors import first_line
 from laguna_serve.serving.kit.files import write_stream
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, hold_folders, is_begun
 from laguna_serve.serving.kit.signals import defer_signals
 
 RESULT = "drafter_train.json"
@@ -145,7 +145,7 @@ class Run:
 
     def train(self) -> DrafterTrainResult:
         """Every stage, or what is missing of it; writes drafter and result."""
-        started, config = time.monotonic(), self.config
+        config = self.config
         check_out(config.out)
         check_out(config.work_folder)
         read = [self.folder, *([] if self.warm is None else [Path(self.warm.name)])]
@@ -153,6 +153,11 @@ class Run:
         own = (config.out / RESULT).exists() or is_begun(config.work_folder / "training")
         check_own(config.out, read, own=own)
         require_device(config.device)
+        with hold_folders(config.out, config.work_folder):
+            return self._train()
+
+    def _train(self) -> DrafterTrainResult:
+        started, config = time.monotonic(), self.config
         self.progress.say(format_plan(self.plan()))
         learned, measured = self.source.gather()
         torch.set_num_threads(config.threads)
@@ -196,7 +201,7 @@ class Run:
         """Compute the hidden states of rows, where they are not on disk."""
         folder = self.config.work_folder / "states" / name
         settings = {"target": fingerprint(str(self.folder)), "taps": self.taps, "rows": hash_rows(rows)}
-        claim_folder(folder, settings | {"dtype": self.config.dtype})
+        claim_folder(folder, settings | {"dtype": self.config.dtype}, alone=True)
         states = States(folder, rows, self.taps, self.target.num_layers, self.target.hidden_size)
         if isinstance(self.layers, WholeTarget):
             states.compute_whole(self.layers, self.progress)
@@ -230,7 +235,7 @@ class Run:
         settings = {name: getattr(config, name) for name in names}
         settings |= {"target": fingerprint(str(self.folder)), "answers": hash_rows(rows)}
         warm = None if self.warm is None else fingerprint(self.warm.name)
-        claim_folder(folder, settings | {"warm": warm, "new": asdict(config.new)})
+        claim_folder(folder, settings | {"warm": warm, "new": asdict(config.new)}, alone=True)
         return folder / "training.state"
 
     def _measure_before(self, made: Made, held_out: Blocks) -> list[HeldOutTau]:

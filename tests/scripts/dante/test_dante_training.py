@@ -31,6 +31,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.kit.results import read_result
+from laguna_serve.serving.kit.run_dir import hold_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 TRAINER = ROOT / ".venv-train" / "bin"
@@ -117,6 +118,16 @@ def test_what_was_refused_leaves_nothing_that_the_next_command_trips_over(folder
     done = run(command(folder, "refused", "--batch", "128"))
     assert (done.returncode, "--batch: expected at most the 22 rows" in done.stderr) == (2, True), done.stderr[-2000:]
     assert not (folder / "refused.work").exists()
+
+
+@needs_trainer
+@pytest.mark.slow
+def test_a_second_run_is_kept_out(folder: Path) -> None:
+    """Two of them saved their states to the same folder."""
+    with hold_folder(folder / "alone.work"):
+        done = run(command(folder, "alone"))
+    assert (done.returncode, "got another run at it; wait for its end" in done.stderr) == (2, True), done.stderr[-2000:]
+    assert not (folder / "alone").exists()
 
 
 @needs_trainer

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.serving.kit.run_dir import NOTE, RunDirError, claim_folder, claim_work, require_removable
+from laguna_serve.serving.kit.run_dir import (
+    NOTE,
+    RunDirError,
+    claim_folder,
+    claim_work,
+    hold_folder,
+    hold_folders,
+    require_removable,
+)
 
 
 def test_only_the_same_measurement_goes_on(tmp_path: Path) -> None:
@@ -52,3 +60,29 @@ def test_a_folder_that_is_removed_holds_nothing_of_others(tmp_path: Path) -> Non
         with pytest.raises(RunDirError, match="got one with --out in it"):
             claim_work(place, out, {"steps": 1})
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
+def test_a_second_run_is_kept_out(tmp_path: Path) -> None:
+    out, work = tmp_path / "a" / "out", tmp_path / "work"
+    with hold_folders(out, work, tmp_path / "a" / ".." / "work"):
+        for place in (out, work):
+            with pytest.raises(RunDirError, match="expected to write alone, got another run at it; wait for its end"):
+                hold_folder(place).__enter__()
+        (out / "part").write_text("x")
+    assert [path.name for path in out.iterdir()] == ["part"]
+    assert not work.exists(), "nothing came into it"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunDirError, match="expected a folder, got a file in its place"):
+        hold_folder(tmp_path / "file").__enter__()
+
+
+def test_a_folder_that_was_begun_and_has_nothing_is_taken_by_whoever_holds_it(tmp_path: Path) -> None:
+    claim_folder(tmp_path, {"model": "m"}, alone=True)
+    with pytest.raises(RunDirError, match="another one's"):
+        claim_folder(tmp_path, {"model": "n"})
+    claim_folder(tmp_path, {"model": "n"}, alone=True)
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "part").write_text("x")
+    claim_folder(tmp_path, {"model": "n"}, alone=True)
+    with pytest.raises(RunDirError, match="another one's"):
+        claim_folder(tmp_path, {"model": "m"}, alone=True)

@@ -17,7 +17,7 @@ from laguna_serve.serving.kit.cli import CONTINUES
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.results import to_json
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, hold_folder
 
 EXAMPLES = """examples:
   python scripts/training/dense/experiments tests/toy/teacher --out out/dense
@@ -40,11 +40,12 @@ def run_experiments(config: ExperimentsConfig) -> DenseExperiments:
     from laguna_serve.serving.kit.signals import defer_signals
 
     check_out(config.out)
-    claim_folder(config.work, {**config.settings, "teacher": config.teacher})
-    with defer_signals():
-        result = run_arms(config)
-    write_text(config.out / "experiments.json", json.dumps(to_json(result)) + "\n")
-    write_text(config.out / "experiments.md", "\n\n".join(t.to_markdown() for t in list_tables(result)) + "\n")
+    with hold_folder(config.out):
+        claim_folder(config.work, {**config.settings, "teacher": config.teacher}, alone=True)
+        with defer_signals():
+            result = run_arms(config)
+        write_text(config.out / "experiments.json", json.dumps(to_json(result)) + "\n")
+        write_text(config.out / "experiments.md", "\n\n".join(t.to_markdown() for t in list_tables(result)) + "\n")
     return result
 
 
