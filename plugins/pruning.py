@@ -153,16 +153,18 @@ def draw_random_mask(shape: ExpertShape, groups: int, ratio: float, seed: int) -
     return rank_groups(scores, ratio)
 
 
-def rank_groups(scores: npt.NDArray[np.float32], ratio: float) -> npt.NDArray[np.bool_]:
+def rank_groups(scores: npt.NDArray[np.float32], ratio: float, name: str = "ratio") -> npt.NDArray[np.bool_]:
     """Prune the ⌊ratio · all⌋ groups of lowest score over all layers, except the best group of every expert.
 
     scores [L, E, G], higher is more important; of equal scores the earlier group goes first.  Returns keep [L, E, G].
+    `name`: the ratio's, in messages.
 
     Raises:
         PruningError: as `draw_random_mask`, or scores that are not finite.
     """
     if not 0 <= ratio < 1:
-        raise PruningError(f"ratio: expected at least 0 and less than 1, got {ratio}; 0.1 prunes a tenth of the groups")
+        tenth = "0.1 prunes a tenth of the groups"
+        raise PruningError(f"{name}: expected at least 0 and less than 1, got {ratio}; {tenth}")
     if scores.ndim != 3 or not np.isfinite(scores).all():
         raise PruningError(f"scores: expected finite [layers, experts, groups], got shape {list(scores.shape)}")
     count = int(ratio * scores.size + 1e-9)
@@ -172,7 +174,7 @@ def rank_groups(scores: npt.NDArray[np.float32], ratio: float) -> npt.NDArray[np
     if count > candidates.sum():
         limit = candidates.sum() / scores.size
         raise PruningError(
-            f"ratio: expected at most {limit:.4g} with one group kept in every expert, got {ratio}; lower it"
+            f"{name}: expected at most {limit:.4g} with one group kept in every expert, got {ratio}; lower it"
         )
     order = np.argsort(np.where(candidates, scores, np.inf), axis=None, kind="stable")
     keep = np.ones(scores.size, dtype=bool)

@@ -59,7 +59,7 @@ def write_mask(config: MaskConfig) -> MaskResult:
     """
     if config.out.resolve() == config.scores.resolve():
         raise PruningError(f"--out: expected another file than the scores, got {config.out}; name a new one")
-    keep = rank_groups(read_scores(config.scores), config.share)
+    keep = rank_groups(read_scores(config.scores), config.share, "--share")
     check_out_file(config.out)
     try:
         write_stream(config.out, lambda file: np.save(file, keep))

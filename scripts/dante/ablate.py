@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -188,10 +188,12 @@ def measure_student(config: AblateConfig, folder: Path, noted: Path, texts: dict
     if noted.exists():
         return read_result(noted, Reading)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from laguna_serve.scripts.training.dante.loading import load_student
 
     torch.set_num_threads(config.threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(config.device).eval()
+    model = load_student(folder).to(config.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     nats, sizes = {}, {}
     for name, passages in texts.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from laguna_serve.scripts.training.dante.records import CacheError, Prompt
-from laguna_serve.serving.kit.files import number_lines
+from laguna_serve.serving.kit.files import explain_read, number_lines
 
 LENGTH = 13
 WORDS = re.compile(r"\w+")
@@ -35,7 +35,7 @@ def read_grams(paths: Sequence[Path]) -> set[int]:
             rows = [json.loads(line) for _, line in number_lines(path)]
         except (OSError, ValueError) as error:
             expected = "expected an evaluation's problems as JSON Lines"
-            raise CacheError(f"--evaluations {path}: {expected}, got one that cannot be read ({error})") from None
+            raise CacheError(f"--evaluations {path}: {expected}, {explain_read(error)}") from None
         for text in _list_texts(rows):
             found |= list_grams(text)
     return found

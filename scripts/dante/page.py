@@ -38,14 +38,14 @@ def format_ablation(result: AblationResult) -> str:
     heads = ("nats per byte", "teacher's text", "over base", "other text", "over base", "over sft", "drift")
     arms = Table("lrrrrrr", heads, rows).to_markdown()
     bars = [(bar.what, f"{bar.measured:+.3f}", "yes" if bar.met else "no") for bar in result.bars]
-    caption = f"{result.steps} steps of {result.batch} rows, {result.seeds} seeds; 95% intervals over texts and seeds"
+    caption = f"{result.steps} steps of {result.batch} rows, {_count_seeds(result)}; 95% intervals over texts and seeds"
     return f"{arms}\n\n{Table('lrl', ('bar', 'measured', 'met'), bars).to_markdown()}\n\n{caption}."
 
 
 def draw_ablation(result: AblationResult, path: Path) -> None:
     """Write differences from the initialisation as a PNG, a row per arm."""
     names = [name for name in result.level if name != BASE]
-    with open_figure(path, figsize=(8.2, 1.9 + 0.5 * len(names))) as (figure, axes):
+    with open_figure(path, figsize=(8.2, max(3.6, 1.9 + 0.5 * len(names)))) as (figure, axes):
         figure.subplots_adjust(left=0.25, right=0.96, top=0.8, bottom=0.2)
         for text, (label, color) in LEGEND.items():
             shift = 0.12 if text == OTHER else -0.12
@@ -63,13 +63,17 @@ def draw_ablation(result: AblationResult, path: Path) -> None:
             )
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)
         style_axes(axes, "What each part of DANTE does", "nats per byte over the initialisation; bars: 95%")
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
         axes.tick_params(axis="y", colors=INK)
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8.5, labelcolor=SOFT)
-        source = f"{result.steps} steps × {result.batch} rows, {result.seeds} seeds"
+        source = f"{result.steps} steps × {result.batch} rows, {_count_seeds(result)}"
         note_source(figure, 0.03, [source, result.environment.cpu or "", result.environment.date[:10]])
+
+
+def _count_seeds(result: AblationResult) -> str:
+    return "1 seed" if result.seeds == 1 else f"{result.seeds} seeds"
 
 
 def _show(gain: Gain | None) -> str:

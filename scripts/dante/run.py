@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from laguna_serve.scripts.checkpoints.output import save_checkpoint
 from laguna_serve.scripts.dante.options import DanteConfig, DanteStep
 from laguna_serve.scripts.training.dante.anchor import check_sharing
+from laguna_serve.scripts.training.dante.loading import load_student
 from laguna_serve.scripts.training.dante.records import CacheError
 from laguna_serve.scripts.training.dante.rows import TaughtRows
 from laguna_serve.scripts.training.dante.states import find_state
 from laguna_serve.scripts.training.dante.trainer import NOT_FINITE, Objective, make_trainer
-from laguna_serve.serving.kit.errors import CommandError, first_line
+from laguna_serve.serving.kit.errors import CommandError
 
 CLIP = 1.0
 BETAS = (0.9, 0.95)
@@ -48,10 +49,7 @@ class Run:
         if part % self._micro:
             expected = f"a divisor of a process's {part} rows"
             raise CommandError(f"--micro-batch: expected {expected}, got {self._micro}; choose one")
-        try:
-            self._model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise CommandError(f"{config.model}: expected a causal language model, got: {first_line(error)}") from None
+        self._model = load_student(config.model)
         self._weights: dict[str, torch.Tensor] = {}
 
     @cached_property
@@ -68,7 +66,7 @@ class Run:
         batch = self._config.batch
         self.rows = len(taught.rows) // batch * batch
         if not self.rows:
-            raise CacheError(f"--batch: expected at most the {len(taught.rows)} rows there are, got {batch}")
+            raise CacheError(f"--batch: expected at most the {len(taught.rows)} rows there are, got {batch}; lower it")
 
     def train(self, taught: TaughtRows) -> None:
         """Train to the end, from the last saved state where there is one, on the rows that were counted.
@@ -105,7 +103,7 @@ class Run:
         Raises:
             CheckpointError: the disk is full or refuses.
         """
-        student = AutoModelForCausalLM.from_pretrained(self._config.model, dtype="auto")
+        student = load_student(self._config.model, "auto")
         student.load_state_dict(self._weights)
 
         def save(folder: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 
 from laguna_serve.scripts.checkpoints.output import check_own
 from laguna_serve.scripts.dante.options import DanteConfig, DanteResult
+from laguna_serve.scripts.training.dante.loading import quieten_libraries
 from laguna_serve.scripts.training.dante.losses import confidence_weight
 from laguna_serve.scripts.training.dante.records import read_cache
 from laguna_serve.scripts.training.dante.rows import (
@@ -70,10 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def require_trainer() -> None:
-    """Raise CommandError where TRL is not installed."""
+    """Make ready for TRL. Raises CommandError where it is not installed."""
     if importlib.util.find_spec("trl") is None:
         remedy = "run bash scripts/client_env.sh train, then this with .venv-train/bin/python"
         raise CommandError(f"training: expected an environment with trl, got {sys.executable}; {remedy}")
+    quieten_libraries()
 
 
 def train_student(config: DanteConfig) -> DanteResult:

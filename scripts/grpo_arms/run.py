@@ -14,7 +14,7 @@ from typing import Annotated
 
 import msgspec
 
-from laguna_serve.scripts.grpo_arms.report import render_markdown
+from laguna_serve.scripts.grpo_arms.report import NAMES, render_markdown
 from laguna_serve.scripts.grpo_arms.result import ARMS, Arm, ArmRun, ArmsResult, find_gains, summarise
 from laguna_serve.scripts.training.rl.config import ROOT, GrpoConfig
 from laguna_serve.scripts.training.rl.run import RESULT, GrpoResult, train_policy
@@ -24,6 +24,7 @@ from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.progress import say
 from laguna_serve.serving.kit.results import read_result, write_result
 from laguna_serve.serving.kit.run_dir import RunDirError, check_out
 from laguna_serve.serving.speculation.flags import DraftSampling, GammaOrAdaptive
@@ -98,7 +99,14 @@ class ArmsConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    command = Command("scripts/grpo_arms", ArmsConfig, __doc__, EXAMPLES, interrupted=CONTINUES, measures=True)
+    command = Command(
+        "scripts/grpo_arms",
+        ArmsConfig,
+        __doc__,
+        EXAMPLES,
+        interrupted=CONTINUES,
+        measures=lambda config: not config.so_far,
+    )
     return command.run(
         argv,
         compare_arms,
@@ -128,9 +136,11 @@ def compare_arms(config: ArmsConfig) -> ArmsResult:
 
 def run_all(config: ArmsConfig) -> list[ArmRun]:
     """Run what is missing of every arm."""
-    runs = []
+    runs: list[ArmRun] = []
     for seed in config.seeds:
         for arm in config.arms:
+            number = f"{len(runs) + 1} of {len(config.seeds) * len(config.arms)}"
+            say(f"{NAMES[arm]}, seed {seed} ({number}): {config.describe(arm, seed).out}")
             result = run_arm(config.describe(arm, seed))
             runs.append(ArmRun(arm=arm, seed=seed, environment=result.environment, run=result.run, log=result.log))
     return runs
@@ -145,12 +155,7 @@ def read_so_far(config: ArmsConfig) -> list[ArmRun]:
     environment, logs = read_environment(current_argv()), {}
     for seed in config.seeds:
         for arm in config.arms:
-            path = config.describe(arm, seed).out / "log.jsonl"
-            lines = path.read_bytes().splitlines() if path.exists() else []
-            steps = [msgspec.json.decode(line, type=Step) for line in lines]
-            logs[arm, seed] = [step for step in steps if step.seconds is not None]
-            if not logs[arm, seed]:
-                raise RunDirError(f"{path}: expected a run's steps, got none; leave --so-far out to run it")
+            logs[arm, seed] = read_steps(config.describe(arm, seed).out / "log.jsonl")
     common = min(map(len, logs.values()))
     return [
         ArmRun(
@@ -162,6 +167,23 @@ def read_so_far(config: ArmsConfig) -> list[ArmRun]:
         )
         for (arm, seed), log in logs.items()
     ]
+
+
+def read_steps(path: Path) -> list[Step]:
+    """Read the steps of a run that may be going on: a last line without its end is still being written.
+
+    Raises:
+        RunDirError: there are none, or a line is none.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    try:
+        steps = [msgspec.json.decode(line, type=Step) for line in lines if line.endswith(b"\n")]
+    except msgspec.MsgspecError as error:
+        raise RunDirError(f"{path}: expected a run's steps, got a line where {error}; choose another --out") from None
+    taken = [step for step in steps if step.seconds is not None]
+    if not taken:
+        raise RunDirError(f"{path}: expected a run's steps, got none; leave --so-far out to run it")
+    return taken
 
 
 def run_arm(config: GrpoConfig) -> GrpoResult:

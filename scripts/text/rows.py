@@ -24,7 +24,7 @@ import torch
 from laguna_serve.plugins.pruning import PruningError, load_array
 from laguna_serve.scripts.text import corpus
 from laguna_serve.serving.kit.errors import first_line
-from laguna_serve.serving.kit.files import is_whole
+from laguna_serve.serving.kit.files import explain_read, is_whole
 
 TOY = {"toy:training": False, "toy:held-out": True}
 SHORTEST, LENGTH = 16, 384
@@ -183,7 +183,7 @@ def stream_lines(source: str) -> Iterator[str]:
             yield from file
     except (OSError, UnicodeError) as error:
         expected = f"a text file, or one of {', '.join(TOY)}"
-        raise PruningError(f"{source}: expected {expected}, got one that cannot be read ({error})") from None
+        raise PruningError(f"{source}: expected {expected}, {explain_read(error)}") from None
 
 
 def _read_records(source: str) -> list[dict[str, Any]]:

@@ -143,6 +143,17 @@ def explain_write(path: Path | None, error: Exception) -> WriteError:
     return WriteError(f"{subject}: expected to write it, got {reason}")
 
 
+def explain_read(error: OSError | ValueError) -> str:
+    """End a message about a text that could not be read: what was there in its place, and what to do."""
+    if isinstance(error, FileNotFoundError):
+        return "got none; check the path"
+    if isinstance(error, OSError):
+        return f"got {error.strerror or error}; check the path"
+    if isinstance(error, UnicodeDecodeError):
+        return f"got bytes that are no UTF-8 (the first is number {error.start}); name another, or re-encode it"
+    return f"got {error}; fix it"
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import is_whole, number_lines
+from laguna_serve.serving.kit.files import explain_read, is_whole, number_lines
 from laguna_serve.serving.kit.results import JsonObject
 
 SHARDS = "shard-*.jsonl"
@@ -89,7 +89,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = list(number_lines(path))
     except (OSError, UnicodeError) as error:
-        raise CacheError(f"{path}: expected JSON Lines of prompts, got one that cannot be read ({error})") from None
+        raise CacheError(f"{path}: expected JSON Lines of prompts, {explain_read(error)}") from None
     prompts = [_read_prompt(f"{path}:{number}", line) for number, line in lines]
     if not prompts:
         raise CacheError(f"{path}: expected prompts, got an empty file; scripts/toy_text.py --prompts N writes some")

@@ -24,7 +24,7 @@ from laguna_serve.scripts.text import corpus
 from laguna_serve.scripts.text.rows import TOY, stream_documents, stream_lines
 from laguna_serve.scripts.training.dense.tokens import Encoded, Tokens, open_tokens, write_tokens
 from laguna_serve.serving.kit.errors import CommandError
-from laguna_serve.serving.kit.files import is_whole, number_lines
+from laguna_serve.serving.kit.files import explain_read, is_whole, number_lines
 
 SYSTEM_SHARE = 0.2  # of the toy's conversations
 
@@ -192,7 +192,7 @@ def _stream_jsonl(source: str) -> Iterator[list[dict[str, str]]]:
             yield [{"role": str(m["role"]), "content": m["content"]} for m in messages]
     except (OSError, UnicodeError) as error:
         expected = f"a JSON Lines file, or one of {', '.join(TOY)}"
-        raise TextError(f"{source}: expected {expected}, got one that cannot be read ({error}); check it") from None
+        raise TextError(f"{source}: expected {expected}, {explain_read(error)}") from None
     except (ValueError, KeyError, TypeError):
         expected = '{"messages": [{"role": …, "content": …}, …]}'
         raise TextError(f"{source}: expected {expected}, got {line[:40]!r} in line {number}; fix it") from None

@@ -67,7 +67,7 @@ class AnswerSource:
             most = min(config.max_length, self.target.max_model_len) - LEAST_ROOM
             prompts = read_prompts(config.prompts, self.tokenizer, self.target.vocab_size)
             fitting = [prompt for prompt in prompts if len(prompt) <= most]
-            held = choose_held_out(fitting, config.held_out)
+            held = choose_held_out(fitting, config.held_out, str(config.prompts))
             learned = [prompt for prompt in fitting if prompt not in held]
             return Answers(
                 learned=Rows([], len(prompts) - len(fitting)),
@@ -77,11 +77,10 @@ class AnswerSource:
                 prompts=len(fitting),
                 held_out=len(held),
             )
-        recorded = self._make_rows(
-            chain.from_iterable(map(read_traffic, config.tokens)), ", ".join(map(str, config.tokens))
-        )
+        files = ", ".join(map(str, config.tokens))
+        recorded = self._make_rows(chain.from_iterable(map(read_traffic, config.tokens)), files)
         different = {row.prompt for row in recorded.rows}
-        held = choose_held_out(different, config.held_out)
+        held = choose_held_out(different, config.held_out, files)
         learned_rows, measured = split_rows(recorded.rows, held)
         return Answers(
             learned=Rows(learned_rows, recorded.skipped),

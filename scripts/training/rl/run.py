@@ -91,7 +91,6 @@ def train_policy(config: GrpoConfig) -> GrpoResult:
     if config.prompts_per_step > len(prompts.training):
         expected = f"expected at most {len(prompts.training)}, got {config.prompts_per_step}"
         raise CheckpointError(f"--prompts-per-step: {expected}; {config.prompts} has no more to train on")
-    config.out.mkdir(parents=True, exist_ok=True)
     with hold_folder(config.out):
         return _train(config, folder, prompts)
 

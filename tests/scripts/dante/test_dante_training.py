@@ -22,6 +22,7 @@ from warm import run_warm, start_warm
 from laguna_serve.scripts.dante import ablate, train
 from laguna_serve.scripts.dante.options import DanteConfig, DanteResult
 from laguna_serve.scripts.dante.train import require_trainer
+from laguna_serve.scripts.training.dante.loading import load_student
 from laguna_serve.scripts.training.dante.losses import IGNORED, confidence_weight
 from laguna_serve.scripts.training.dante.records import CacheRecord, read_cache
 from laguna_serve.scripts.training.dante.rows import encode_records, order_records
@@ -118,6 +119,17 @@ def test_what_was_refused_leaves_nothing_that_the_next_command_trips_over(folder
     done = run(command(folder, "refused", "--batch", "128"))
     assert (done.returncode, "--batch: expected at most the 22 rows" in done.stderr) == (2, True), done.stderr[-2000:]
     assert not (folder / "refused.work").exists()
+
+
+@pytest.mark.slow
+def test_a_model_without_its_weights_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    """The missing ones were random numbers, which ended in a traceback, or in a student of these."""
+    with pytest.raises(CommandError, match=r"got one without 15 of its tensors, lm_head.weight for one; is it a draft"):
+        load_student(ROOT / "tests/toy/dflash")
+    with pytest.raises(CommandError, match=r"expected a causal language model, got: .*config.json"):
+        load_student(ROOT / "tests/toy/masks")
+    printed = capfd.readouterr()
+    assert "MISSING" not in printed.out + printed.err
 
 
 @needs_trainer

@@ -321,6 +321,7 @@ def test_traffic_that_is_still_being_written_is_read(tmp_path: Path) -> None:
         (["--prompts", "{prompts}", "--mask-token", "512"], "--mask-token: expected 0 to 511, got 512"),
         (["--tokens", "{strange}"], "below 512, the target's vocabulary, got 900"),
         (["--prompts", "{strange}"], 'expected an object with "prompt"'),
+        (["--tokens", "/dev/null"], "/dev/null: expected at least two different prompts, one to learn from"),
         (["--prompts", "{prompts}", "--warm-start", "{toy}/teacher"], "expected a DFlash drafter"),
         (["--prompts", "{prompts}", "--warm-start", "{other}"], "target's vocabulary 512, got 600"),
         (["--prompts", "{prompts}", "--warm-start", "{deep}"], "target layer ids from 0 to 5, got [9]"),

@@ -179,6 +179,12 @@ def test_unfinished_runs_are_compared_over_the_steps_that_all_have(tmp_path: Pat
     assert [len(run.log) for run in grpo_arms.read_so_far(config)] == [1, 1]
     with pytest.raises(RunDirError, match="refreshed-0"):
         grpo_arms.read_so_far(describe(tmp_path, so_far=True))
+    log = tmp_path / "frozen-0" / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])  # its run is writing the second step
+    assert [len(run.log) for run in grpo_arms.read_so_far(config)] == [1, 1]
+    log.write_text('{"step": "x"}\n')
+    with pytest.raises(RunDirError, match=r"log.jsonl: expected a run's steps, got a line where .*; choose another"):
+        grpo_arms.read_so_far(config)
 
 
 def test_arms_differ_in_their_drafter_alone(tmp_path: Path) -> None:

@@ -34,7 +34,12 @@ def test_mask_of_another_share_lies_between(tmp_path: Path, capsys: pytest.Captu
     ("scores", "share", "message"),
     [
         (np.ones((2, 2), np.float32), "0.2", "expected float scores [layers, experts, groups], got float32 [2, 2]"),
-        (np.ones((1, 2, 4), np.float32), "0.9", "expected at most 0.75 with one group kept in every expert, got 0.9"),
+        (np.ones((1, 2, 4), np.float32), "1.5", "--share: expected at least 0 and less than 1, got 1.5"),
+        (
+            np.ones((1, 2, 4), np.float32),
+            "0.9",
+            "--share: expected at most 0.75 with one group kept in every expert, got 0.9",
+        ),
         (np.full((1, 2, 4), 1e300), "0.2", "expected finite float32 scores, got 8 that are not"),
         (np.ones((2, 0, 4), np.float32), "0.2", "expected float scores [layers, experts, groups], got float32 [2, 0"),
         (None, "0.2", "expected a NumPy file, got none"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from laguna_serve.plugins.pruning import PruningError
+from laguna_serve.scripts.dante.overlap import read_grams
 from laguna_serve.scripts.text.rows import read_documents, read_rows
+from laguna_serve.scripts.training.dante.records import read_prompts as read_cached
+from laguna_serve.scripts.training.dense.text import stream_conversations
+from laguna_serve.scripts.training.drafter.data.prompts import read_prompts
+from laguna_serve.serving.kit.errors import CommandError
 
 TEACHER = Path(__file__).resolve().parents[2] / "toy" / "teacher"
 QUESTION = {"role": "user", "content": "Write a function that adds two numbers."}
@@ -140,3 +146,29 @@ def test_mark_of_the_encoding_is_no_part_of_a_text(tmp_path: Path) -> None:
     for name, text in (("a.txt", "x = 1\n"), ("a.jsonl", '{"text": "x = 1\\n"}\n')):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         assert read_documents(str(tmp_path / name)) == ["x = 1\n"]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: read_documents(str(path)),
+        lambda path: list(stream_conversations(str(path))),
+        lambda path: read_grams([path]),
+        read_cached,
+        lambda path: read_prompts(path, None, 9),
+    ],
+    ids=["documents", "conversations", "evaluations", "prompts of a cache", "prompts"],
+)
+def test_a_file_that_cannot_be_read_is_named_once_and_says_what_to_do(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    path = tmp_path / "text.jsonl"
+    for make, why in (
+        (lambda: None, "got none; check the path"),
+        (lambda: path.write_bytes(b"ab\xff"), r"got bytes that are no UTF-8 \(the first is number 2\); name another"),
+        (lambda: (path.unlink(), path.mkdir()), "got Is a directory; check the path"),
+    ):
+        make()
+        with pytest.raises((CommandError, PruningError), match=f"text.jsonl: expected .*{why}") as refused:
+            read(path)
+        assert str(refused.value).count("text.jsonl") == 1

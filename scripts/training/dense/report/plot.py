@@ -20,6 +20,8 @@ CURVES = (
 )
 LAYER_COLORS = "viridis"
 MAX_LABELS, LABEL_ROWS = 8, 20
+# An axis of less than this has a label at every digit: 2 and 5 alone may both be outside.
+DECADE = 6
 
 
 def draw_blocks(log: Sequence[Mapping[str, float]], path: Path, source: str) -> None:
@@ -34,9 +36,10 @@ def draw_blocks(log: Sequence[Mapping[str, float]], path: Path, source: str) -> 
             axes.plot([r["step"] for r in log], [r[key] for r in log], color=color, linewidth=1.2)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        low, high = axes.get_ylim()
+        shown = "25" if high / low > DECADE else "123456789"
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in shown else "")
         if len(layers) <= MAX_LABELS:
-            low, high = axes.get_ylim()
             places = _spread(ends, ratio=(high / low) ** (1 / LABEL_ROWS))
             for number, (key, at) in enumerate(zip(layers, places, strict=True)):
                 color = colors(0.85 * number / max(1, len(layers) - 1))

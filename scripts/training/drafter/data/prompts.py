@@ -13,7 +13,7 @@ from typing import Any
 
 from laguna_serve.scripts.training.drafter.data.records import Prompt
 from laguna_serve.serving.kit.errors import CommandError, first_line
-from laguna_serve.serving.kit.files import is_whole, number_lines
+from laguna_serve.serving.kit.files import explain_read, is_whole, number_lines
 from laguna_serve.serving.kit.results import JsonObject
 
 
@@ -30,7 +30,7 @@ def read_prompts(path: Path, tokenizer: Any, vocabulary: int) -> list[Prompt]:
     try:
         lines = list(number_lines(path))
     except (OSError, UnicodeError) as error:
-        raise PromptsError(f"{path}: expected JSON Lines of prompts, got one that cannot be read ({error})") from None
+        raise PromptsError(f"{path}: expected JSON Lines of prompts, {explain_read(error)}") from None
     prompts: dict[Prompt, None] = {}
     for number, line in lines:
         prompt = _encode(f"{path}:{number}", line, tokenizer)

@@ -70,8 +70,10 @@ def make_rows(
     return Rows(rows, skipped)
 
 
-def choose_held_out(prompts: Iterable[Prompt], count: int) -> set[Prompt]:
+def choose_held_out(prompts: Iterable[Prompt], count: int, source: str = "prompts") -> set[Prompt]:
     """Choose `count` of the different prompts, at most a quarter of them: those whose hashes are smallest.
+
+    source: what they were read from, for the message.
 
     Raises:
         TrafficError: fewer than two different prompts.
@@ -79,7 +81,7 @@ def choose_held_out(prompts: Iterable[Prompt], count: int) -> set[Prompt]:
     different = {prompt: hash_prompt(prompt) for prompt in prompts}
     if len(different) < 2:
         expected = "at least two different prompts, one to learn from and one to measure on"
-        raise TrafficError(f"prompts: expected {expected}, got {len(different)}; pass more")
+        raise TrafficError(f"{source}: expected {expected}, got {len(different)}; pass more")
     chosen = sorted(different, key=lambda prompt: different[prompt])
     return set(chosen[: max(1, min(count, len(chosen) // 4))])
 
