@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
@@ -38,89 +38,23 @@ from laguna_serve.scripts.checkpoints.compaction.shards import Compaction, Shard
 from laguna_serve.scripts.checkpoints.compaction.verify import TOLERANCE, DifferenceError, verify
 from laguna_serve.scripts.checkpoints.compaction.writing import write_checkpoint
 from laguna_serve.scripts.checkpoints.headers import INDEX, count_stored
+from laguna_serve.scripts.checkpoints.options import CompactConfig, read_compact
 from laguna_serve.scripts.checkpoints.output import open_output
-from laguna_serve.scripts.checkpoints.tool import print_outcome, require_out, run_tool
+from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
 from laguna_serve.serving.checkpoint import CheckpointError, Target, read_config, read_target, require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.kit.signals import check_signals
 
-DESCRIPTION = "Make a smaller Laguna: of the routed experts only the blocks that a mask keeps are stored."
-EXAMPLES = """examples:
-  laguna compact poolside/Laguna-XS.2 --keep-mask group_keep_mask_10pct.npy \\
-      --group-indices group_indices_importance_sorted.npy --out xs2-10pct
-  laguna compact BASE --random-mask 0.1 --dry-run         what would it save? (needs config.json only)
-  laguna compact BASE --shares 0,0.1,0.25,0.4 --dry-run   the same for several shares, in one table
-  laguna compact BASE --random-mask 0.25 --seed 1 --out random-25pct --verify
-  laguna compact BASE --keep-mask M --group-indices G --out DIR --zeroed    for engines that know no blocks
-  laguna compact poolside/Laguna-XS.2-FP8 --random-mask 0.25 --dry-run      and beside which context does it fit?
-  laguna compact BF16 --keep-mask M --group-indices G --to fp8 --out DIR    experts in FP8, a scale per atom
-
-Bases in bf16, fp16, fp32, or in FP8 as released (compressed-tensors, 128×128 blocks), of which no value is changed.
-
-`python scripts/score_experts.py` makes the mask and the indices.  Stopped?  The same command continues.
-exit status: 0 done, 1 --verify found a difference, 2 it could not run, 130 interrupted
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompactConfig:
-    """What to make smaller, by which mask, and where to."""
-
-    base: Annotated[
-        str, Flag("Laguna checkpoint: a folder, or a hub id in the local cache", metavar="BASE", positional=True)
-    ]
-    keep_mask: Annotated[
-        Path | None, Flag("bool [layers, experts, groups]: what stays; this, or --random-mask", metavar="M.npy")
-    ] = None
-    random_mask: Annotated[float | None, Flag("prune this share of the groups at random", metavar="RATIO")] = None
-    shares: Annotated[
-        tuple[float, ...], Flag("with --dry-run: sizes of masks of these shares, in one table", metavar="RATIOS")
-    ] = ()
-    group_indices: Annotated[Path | None, Flag("int64 [layers, experts, groups, atoms]", metavar="G.npy")] = None
-    block_size: Annotated[int | None, Flag("random mask without indices: atoms in a group", metavar="N")] = None
-    seed: Annotated[int | None, Flag("of the random mask (default 0)", metavar="N", at_least=0, at_most=MOST_SEED)] = (
-        None
-    )
-    out: Annotated[Path | None, Flag("folder for the checkpoint", metavar="DIR")] = None
-    to: Annotated[Literal["fp8"] | None, Flag("round a plain base's experts to FP8, a scale per atom")] = None
-    zeroed: Annotated[bool, Flag("keep the base's layout, with what is pruned at zero")] = False
-    verify: Annotated[bool, Flag("compare the files written with the masked base")] = False
-    dry_run: Annotated[bool, Flag("say what would be saved; write nothing")] = False
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        if self.shares:
-            self._check_shares()
-            return
-        if (self.keep_mask is None) == (self.random_mask is None):
-            got = "neither" if self.keep_mask is None else "both"
-            raise FlagError(f"--keep-mask or --random-mask: expected one of them, got {got}")
-        if self.keep_mask is not None and self.group_indices is None:
-            raise FlagError(
-                "--keep-mask: expected --group-indices beside it, got none; pass the indices of the same scores"
-            )
-        if self.keep_mask is not None and self.seed is not None:
-            raise FlagError("--seed: expected --random-mask with it, got --keep-mask; leave it out")
-        if self.block_size is not None and (self.keep_mask is not None or self.group_indices is not None):
-            raise FlagError(
-                "--block-size: expected a random mask without indices, got groups that have a size; leave it out"
-            )
-        if self.zeroed and self.to is not None:
-            raise FlagError(f"--zeroed: expected the base's own numbers, got --to {self.to}; leave one of them out")
-        require_out(self.out, dry_run=self.dry_run)
-
-    def _check_shares(self) -> None:
-        if self.keep_mask is not None or self.random_mask is not None:
-            given = "--keep-mask" if self.keep_mask is not None else "--random-mask"
-            raise FlagError(f"--shares: expected no other mask, got {given}; leave one of them out")
-        if not self.dry_run or self.zeroed:
-            raise FlagError("--shares: expected --dry-run and no --zeroed, as it only counts; add or leave them")
+__all__ = ["CompactConfig", "CompactResult", "compact", "compare_shares", "execute", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    config = read_flags(CompactConfig, argv, prog="laguna compact", description=DESCRIPTION, epilog=EXAMPLES)
+    return execute(read_compact(argv))
+
+
+def execute(config: CompactConfig) -> int:
+    """Compact; return the exit status."""
     return run_tool(lambda: run(config), "the same command continues from the last finished file")
 
 

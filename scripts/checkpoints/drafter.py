@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 import torch
@@ -17,50 +16,16 @@ from laguna_serve.scripts.checkpoints.drafters.agreement import TOLERANCE, measu
 from laguna_serve.scripts.checkpoints.drafters.algebra import Conversion, Tensors, to_laguna, to_speculators
 from laguna_serve.scripts.checkpoints.drafters.speculators import choose_vocabulary
 from laguna_serve.scripts.checkpoints.headers import open_file, read_headers, read_tensors
+from laguna_serve.scripts.checkpoints.options import ConvertConfig, read_convert
 from laguna_serve.scripts.checkpoints.output import check_space, copy_others, is_free, save_checkpoint
-from laguna_serve.scripts.checkpoints.tool import print_outcome, require_out, run_tool
+from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
 from laguna_serve.scripts.text.rows import read_documents
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
-from laguna_serve.serving.checkpoint.drafter import LAGUNA, ORIGINAL, SPECULATORS, Drafter
+from laguna_serve.serving.checkpoint.drafter import ORIGINAL, SPECULATORS, Drafter
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
-from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds, read_flags
 from laguna_serve.serving.speculation.drafting import check_fit, open_drafter
 
 HEADS, EMBEDDING = ("lm_head.weight", "model.embed_tokens.weight"), "model.embed_tokens.weight"
-EXAMPLES = """examples:
-  laguna drafter convert DRAFTER --to speculators --target MODEL --dry-run     what would carry over?
-  laguna drafter convert DRAFTER --to speculators --target MODEL --out DIR
-  laguna drafter convert DRAFTER --to speculators --target MODEL --draft-vocab 32000 --text code.jsonl --out DIR
-  laguna drafter convert DRAFTER --to laguna --target MODEL --out DIR
-
-The two architectures are not the same: a gate, norms at several taps or a reduced vocabulary have no counterpart.  What
-does not carry over is listed, and then nothing is written: a drafter that is only nearly right loses its acceptance
-without a word.
-exit status: 0 done, 1 something does not carry over, 2 it could not run, 130 interrupted
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """A drafter, and the format that is wanted of it."""
-
-    drafter: Annotated[str, Flag("drafter: a folder, or a hub id in the local cache", metavar="IN", positional=True)]
-    to: Annotated[Literal["speculators", "laguna"], Flag("the format that is wanted")]
-    target: Annotated[str, Flag("what it drafts for: a folder or cached hub id", metavar="MODEL")]
-    out: Annotated[Path | None, Flag("folder for the drafter", metavar="DIR")] = None
-    draft_vocab: Annotated[
-        int | None, Flag("speculators: draft only this many tokens, the most frequent in --text", metavar="N")
-    ] = None
-    text: Annotated[str | None, Flag(".txt, .jsonl with text or prompt, or toy:training")] = None
-    dry_run: Annotated[bool, Flag("say what carries over; write nothing")] = False
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        if (self.draft_vocab is None) != (self.text is None):
-            raise FlagError("--draft-vocab and --text: expected both or neither, got one; pass the other too")
-        if self.draft_vocab is not None and self.to == LAGUNA:
-            raise FlagError("--draft-vocab: expected --to speculators with it, got laguna, which drafts every token")
-        require_out(self.out, dry_run=self.dry_run)
 
 
 class ConvertResult(
@@ -85,7 +50,11 @@ class ConvertResult(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    config = read_flags(ConvertConfig, argv, prog="laguna drafter convert", description=__doc__, epilog=EXAMPLES)
+    return execute(read_convert(argv))
+
+
+def execute(config: ConvertConfig) -> int:
+    """Convert; return the exit status."""
     return run_tool(lambda: run(config), "nothing is left that looks like a drafter")
 
 

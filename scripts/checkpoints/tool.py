@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import msgspec
 
@@ -12,7 +11,6 @@ from laguna_serve.plugins.formats.experts import ExpertFormatError
 from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.serving.kit.cli import run_command
-from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.signals import defer_signals
 
@@ -28,12 +26,6 @@ def run_tool(body: Callable[[], int], interrupted: str) -> int:
             return body()
 
     return run_command("laguna", run, others=(ExpertFormatError, PaddingError, PruningError), interrupted=interrupted)
-
-
-def require_out(out: Path | None, *, dry_run: bool) -> None:
-    """Raise FlagError where something is to be written and there is no place for it."""
-    if out is None and not dry_run:
-        raise FlagError("--out: expected a folder, got none; pass one, or --dry-run to write nothing")
 
 
 def format_rows(rows: Iterable[tuple[str, str]]) -> str:

@@ -8,60 +8,24 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.scripts.checkpoints.mirrored import Status, write_mirrored
-from laguna_serve.scripts.checkpoints.tool import format_rows, print_outcome, require_out, run_tool
+from laguna_serve.scripts.checkpoints.options import WidthsConfig, read_widths
+from laguna_serve.scripts.checkpoints.tool import format_rows, print_outcome, run_tool
 from laguna_serve.scripts.checkpoints.width_checks import compare, count_negative_zeros
 from laguna_serve.scripts.checkpoints.widths import WidthsSource, read_padded, read_unpadded
 from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
-from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import JsonObject
 
-UNPAD_EXAMPLES = """examples:
-  laguna unpad tests/toy/dense --out out/dense --verify
-  laguna unpad STUDENT --dry-run                  which layers are padded, and what would be saved?
-
-FP8 as released (compressed-tensors, 128×128 blocks) is cut with its scales, behind the last unit that is not padding.
-The result loads in `laguna serve` without a scan; `laguna pad` turns it back for other engines.
-Stopped?  The same command continues.
-exit status: 0 done, 1 --verify found a difference, 2 it could not run, 130 interrupted
-"""
-PAD_EXAMPLES = """examples:
-  laguna pad out/dense --out out/dense-padded --verify
-
-Stopped?  The same command continues.
-exit status: 0 done, 1 --verify found a difference, 2 it could not run, 130 interrupted
-"""
-
-
-DESCRIPTIONS = {
-    "unpad": ("Store a dense Laguna at its layers' true widths.", UNPAD_EXAMPLES),
-    "pad": ("Give an unpadded dense Laguna its stock layout back, for engines that know one width.", PAD_EXAMPLES),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class WidthsConfig:
-    """A dense checkpoint to store at other widths."""
-
-    source: Annotated[
-        str, Flag("dense Laguna checkpoint: a folder, or a hub id in the local cache", metavar="IN", positional=True)
-    ]
-    out: Annotated[Path | None, Flag("folder for the checkpoint", metavar="DIR")] = None
-    verify: Annotated[bool, Flag("read back what was written and compare every bit")] = False
-    dry_run: Annotated[bool, Flag("say what would change; write nothing")] = False
-
-    def __post_init__(self) -> None:
-        require_out(self.out, dry_run=self.dry_run)
+__all__ = ["PadResult", "UnpadResult", "WidthsConfig", "WidthsResult", "execute", "main", "pad", "unpad"]
 
 
 class WidthsResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,8 +63,11 @@ class PadResult(WidthsResult, frozen=True, kw_only=True, tag_field="schema", tag
 
 def main(argv: Sequence[str] | None = None, tool: Literal["unpad", "pad"] = "unpad") -> int:
     """Run the command line of either tool; return the exit status."""
-    description, examples = DESCRIPTIONS[tool]
-    config = read_flags(WidthsConfig, argv, prog=f"laguna {tool}", description=description, epilog=examples)
+    return execute(read_widths(argv, tool), tool)
+
+
+def execute(config: WidthsConfig, tool: Literal["unpad", "pad"]) -> int:
+    """Use either tool; return the exit status."""
     return run_tool(lambda: run(config, tool), "the same command continues from the last finished file")
 
 

@@ -1,41 +1,45 @@
 """The subcommands that make checkpoints, which live in scripts/checkpoints and scripts/training.
 
-They need torch, and are imported when they are called. The one place where serving reaches up (tests/test_layout.py).
+They need torch, and are imported when their flags have been read, so that `--help` is there at once. The one place
+where serving reaches up (tests/test_layout.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from laguna_serve.serving.kit.cli import Parser, choose_command
 
 
 def compact(argv: Sequence[str]) -> int:
     """`laguna compact`. Returns the exit status."""
+    from laguna_serve.scripts.checkpoints.options import read_compact
+
+    config = read_compact(argv)
     from laguna_serve.scripts.checkpoints import compact
 
-    return compact.main(argv)
+    return compact.execute(config)
 
 
 def unpad(argv: Sequence[str]) -> int:
     """`laguna unpad`. Returns the exit status."""
-    from laguna_serve.scripts.checkpoints import unpad
-
-    return unpad.main(argv)
+    return _store_widths(argv, "unpad")
 
 
 def pad(argv: Sequence[str]) -> int:
     """`laguna pad`. Returns the exit status."""
-    from laguna_serve.scripts.checkpoints import unpad
-
-    return unpad.main(argv, tool="pad")
+    return _store_widths(argv, "pad")
 
 
 def quantise(argv: Sequence[str]) -> int:
     """`laguna quantise`. Returns the exit status."""
+    from laguna_serve.scripts.checkpoints.options import read_quantise
+
+    config = read_quantise(argv)
     from laguna_serve.scripts.checkpoints import quantise
 
-    return quantise.main(argv)
+    return quantise.execute(config)
 
 
 def drafter(argv: Sequence[str]) -> int:
@@ -44,9 +48,21 @@ def drafter(argv: Sequence[str]) -> int:
     tools = {"train": "make or continue a drafter for a model", "convert": "turn a drafter into the other format"}
     tool, rest = choose_command(parser, tools, argv)
     if tool == "convert":
+        from laguna_serve.scripts.checkpoints.options import read_convert
+
+        config = read_convert(rest)
         from laguna_serve.scripts.checkpoints import drafter
 
-        return drafter.main(rest)
+        return drafter.execute(config)
     from laguna_serve.scripts.training.drafter import command
 
     return command.main(rest)
+
+
+def _store_widths(argv: Sequence[str], tool: Literal["unpad", "pad"]) -> int:
+    from laguna_serve.scripts.checkpoints.options import read_widths
+
+    config = read_widths(argv, tool)
+    from laguna_serve.scripts.checkpoints import unpad
+
+    return unpad.execute(config, tool)

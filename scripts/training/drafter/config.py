@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from laguna_serve.scripts.training.drafter.models import NewDrafter
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 
 
@@ -14,6 +13,31 @@ def _parse_url(text: str) -> str:
     if not text.startswith(("http://", "https://")):
         raise ValueError(text)
     return text.rstrip("/")
+
+
+Format = Literal["laguna", "speculators"]
+
+
+@dataclass(frozen=True, slots=True)
+class NewDrafter:
+    """What a new drafter is to be; None leaves it to the target.
+
+    Attributes:
+        taps: the target's layers whose states it reads, counted from 0.
+        mask_token: what stands in the block's open places, a token that is never written.
+        draft_vocab: of the speculators format, how many of the target's tokens it can draft.
+        head_rank: of its sequential head, where it is to have one.
+    """
+
+    format: Format = "laguna"
+    layers: int | None = None
+    taps: tuple[int, ...] | None = None
+    width: int | None = None
+    heads: int | None = None
+    block_size: int = 8
+    mask_token: int | None = None
+    draft_vocab: int | None = None
+    head_rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

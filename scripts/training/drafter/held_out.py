@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -27,33 +26,13 @@ import torch
 from laguna_serve.scripts.checkpoints.drafters.dflash import LagunaDrafter
 from laguna_serve.scripts.training.drafter.blocks import Blocks
 from laguna_serve.scripts.training.drafter.objective import Drafts, find_acceptance
+from laguna_serve.scripts.training.drafter.result import HeldOutTau
 from laguna_serve.serving.kit.signals import check_signals
 
 # Anchors of a row that are drafted at together.
 CHUNK = 48
 RESAMPLES = 1000
 MODES: tuple[Drafts, ...] = ("greedy", "probabilistic")
-
-
-class HeldOutTau(msgspec.Struct, frozen=True, kw_only=True):
-    """Acceptance at one temperature.
-
-    Attributes:
-        drafts: how they are chosen (`--draft-sampling`): the drafter's likeliest tokens, or drawn ones.
-        tau: tokens per step, the target's own counted.
-        ci95: its 95% interval over prompts (bootstrap).
-        per_position: of the drafts, the share whose token 1 … γ was accepted; their sum + 1 is `tau`.
-        steps: with a draft; expected ones, where drafts are drawn.
-        answers: that were measured on.
-    """
-
-    temperature: float
-    drafts: str
-    tau: float
-    ci95: tuple[float, float]
-    per_position: tuple[float, ...]
-    steps: float
-    answers: int
 
 
 def measure_drafter(drafter: LagunaDrafter, blocks: Blocks) -> list[HeldOutTau]:

@@ -9,7 +9,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -20,37 +19,15 @@ from laguna_serve.scripts.checkpoints.drafters.layout import read_rope
 from laguna_serve.scripts.checkpoints.drafters.shape import DrafterShape
 from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDrafter, choose_vocabulary, start_head
 from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
+from laguna_serve.scripts.training.drafter.config import NewDrafter
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, Target, read_config, read_dtype
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, ORIGINAL, SPECULATORS, Drafter
 from laguna_serve.serving.speculation.drafting import check_fit, open_drafter
 
-Format = Literal["laguna", "speculators"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TOKENIZER_FILES = ("tokenizer*.json", "*.jinja", "special_tokens_map.json")
 MOST_TAPS, MOST_LAYERS = 5, 5
 MOST_DRAFTED = 32_000
-
-
-@dataclass(frozen=True, slots=True)
-class NewDrafter:
-    """What a new drafter is to be; None leaves it to the target.
-
-    Attributes:
-        taps: the target's layers whose states it reads, counted from 0.
-        mask_token: what stands in the block's open places, a token that is never written.
-        draft_vocab: of the speculators format, how many of the target's tokens it can draft.
-        head_rank: of its sequential head, where it is to have one.
-    """
-
-    format: Format = "laguna"
-    layers: int | None = None
-    taps: tuple[int, ...] | None = None
-    width: int | None = None
-    heads: int | None = None
-    block_size: int = 8
-    mask_token: int | None = None
-    draft_vocab: int | None = None
-    head_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

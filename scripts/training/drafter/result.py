@@ -7,10 +7,30 @@ from typing import Literal
 
 import msgspec
 
-from laguna_serve.scripts.training.drafter.held_out import HeldOutTau
 from laguna_serve.serving.kit.environment import Environment
 
 GIB = 2**30
+
+
+class HeldOutTau(msgspec.Struct, frozen=True, kw_only=True):
+    """Acceptance at one temperature.
+
+    Attributes:
+        drafts: how they are chosen (`--draft-sampling`): the drafter's likeliest tokens, or drawn ones.
+        tau: tokens per step, the target's own counted.
+        ci95: its 95% interval over prompts (bootstrap).
+        per_position: of the drafts, the share whose token 1 … γ was accepted; their sum + 1 is `tau`.
+        steps: with a draft; expected ones, where drafts are drawn.
+        answers: that were measured on.
+    """
+
+    temperature: float
+    drafts: str
+    tau: float
+    ci95: tuple[float, float]
+    per_position: tuple[float, ...]
+    steps: float
+    answers: int
 
 
 class DrafterTrainPlan(

@@ -28,7 +28,7 @@ from laguna_serve.scripts.training.drafter.data.records import Row, hash_rows
 from laguna_serve.scripts.training.drafter.data.states import BATCH_TOKENS, SHARD_TOKENS, STORED, States, count_bytes
 from laguna_serve.scripts.training.drafter.data.target import TargetLayers
 from laguna_serve.scripts.training.drafter.data.whole import WholeTarget
-from laguna_serve.scripts.training.drafter.held_out import HeldOutTau, measure_drafter
+from laguna_serve.scripts.training.drafter.held_out import measure_drafter
 from laguna_serve.scripts.training.drafter.models import (
     Made,
     choose_shape,
@@ -39,7 +39,12 @@ from laguna_serve.scripts.training.drafter.models import (
     read_warm,
     write_drafter,
 )
-from laguna_serve.scripts.training.drafter.result import DrafterTrainPlan, DrafterTrainResult, format_plan
+from laguna_serve.scripts.training.drafter.result import (
+    DrafterTrainPlan,
+    DrafterTrainResult,
+    HeldOutTau,
+    format_plan,
+)
 from laguna_serve.scripts.training.drafter.training import Fit, fit_drafter
 from laguna_serve.scripts.training.pruning.streaming.sizes import measure_parts
 from laguna_serve.serving.checkpoint import CheckpointError, Target, require_folder
