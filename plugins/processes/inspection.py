@@ -21,10 +21,12 @@ Answer = TypeVar("Answer")
 
 def inspect_here() -> None:
     """Have model classes asked in this process; calling it again changes nothing."""
-    from vllm.model_executor.models import registry
+    try:
+        from vllm.model_executor.models import registry
 
-    if not hasattr(registry, "_run_in_subprocess"):
-        logger.warning("model classes: expected the registry of vLLM 0.32; they are asked in a process of their own")
+        registry._run_in_subprocess  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        logger.warning("model classes: expected the registry of vLLM 0.32, got %s; vLLM asks as it does", error)
         return
     registry._run_in_subprocess = ask_here
 
