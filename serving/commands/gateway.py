@@ -103,16 +103,22 @@ def check_gateway(config: GatewayCommandConfig) -> GatewayResult:
     """
     from laguna_serve.serving.gateway.addresses import check_addresses
     from laguna_serve.serving.gateway.app import check_files
-    from laguna_serve.serving.gateway.residence.plans import make_engine_config
-    from laguna_serve.serving.planning.launch import check_launch
 
     gateway = read_config(config)
     check_addresses(gateway)
     check_files(gateway, make=False)
+    check_engines(gateway)
+    return GatewayResult(outcome="valid", models=tuple(model.name for model in gateway.models))
+
+
+def check_engines(gateway: Config) -> None:
+    """Check the checkpoints of engines of the gateway's own.  Raises CheckpointError: one cannot be served."""
+    from laguna_serve.serving.gateway.residence.plans import make_engine_config
+    from laguna_serve.serving.planning.launch import check_launch
+
     for model in gateway.models:
         if model.engine is not None:
             check_launch(make_engine_config(model.name, model.engine))
-    return GatewayResult(outcome="valid", models=tuple(model.name for model in gateway.models))
 
 
 def run_gateway(config: GatewayCommandConfig, early: Sequence[int] = ()) -> GatewayResult:
@@ -146,5 +152,5 @@ def read_config(config: GatewayCommandConfig) -> Config:
     if config.config is not None:
         return load_config(config.config, server)
     upstreams = [{"name": f"engine-{i}", "url": url} for i, url in enumerate(config.upstream)]
-    models = [{"name": config.model or "model", "upstreams": upstreams}]
+    models = [{"name": "model" if config.model is None else config.model, "upstreams": upstreams}]
     return parse_config({"models": models, "server": server}, "--upstream")

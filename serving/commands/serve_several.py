@@ -7,7 +7,7 @@ import os
 import sys
 
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.commands.gateway import GatewayResult
+from laguna_serve.serving.commands.gateway import GatewayResult, check_engines
 from laguna_serve.serving.commands.model_options import ModelOptions
 from laguna_serve.serving.kit.cli import HELD
 from laguna_serve.serving.kit.results import JsonObject, to_json
@@ -30,6 +30,7 @@ def run_several(config: ModelOptions) -> int:
 
     settings = plan_several(config)
     gateway = make_several_config(settings)
+    check_engines(gateway)
     if gateway.server.host not in LOOPBACK and not gateway.keys:
         print(f"warning: {gateway.server.host}: everybody who can reach it may ask; give --api-key", file=sys.stderr)
     names = ", ".join(model.name for model in gateway.models)

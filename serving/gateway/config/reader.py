@@ -17,6 +17,9 @@ from laguna_serve.serving.gateway.config.key_file import parse_toml
 from laguna_serve.serving.gateway.config.tables import Config
 from laguna_serve.serving.kit.results import JsonObject
 
+# Of a file: ten thousand models or keys are a tenth of it.
+MOST = 1 << 24
+
 
 def load_config(path: Path, server: JsonObject | None = None) -> Config:
     """Read and validate a file; `server` has what the command line says instead of the file.
@@ -33,10 +36,17 @@ def load_config(path: Path, server: JsonObject | None = None) -> Config:
 def read_tables(path: Path) -> JsonObject:
     """Read a file's tables, not validated. Raises ConfigError: it cannot be read or is no TOML."""
     try:
-        return parse_toml(path.read_text(encoding="utf-8-sig"))
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MOST + 1)
     except OSError as error:
         remedy = "check the path, or begin with: laguna gateway --example"
         raise ConfigError(f"{path}: expected a configuration, got {error.strerror or error}; {remedy}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected TOML, got {error}; fix the file") from None
+    if len(text) > MOST:  # a device has no end
+        raise ConfigError(f"{path}: expected a configuration of at most {MOST:,} characters, got more; check the path")
+    try:
+        return parse_toml(text)
     except ValueError as error:
         raise ConfigError(f"{path}: expected TOML, got {error}; fix the file") from None
 

@@ -185,6 +185,22 @@ def test_process_reloads_on_sighup_and_stops_on_sigterm(tmp_path: Path) -> None:
             assert json.loads(out.splitlines()[-1])["outcome"] == "stopped"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config", "/dev/zero"], "/dev/zero: expected a configuration of at most 16,777,216 characters, got more"),
+        (["--upstream", "http://127.0.0.1:1", "--model", ""], "models.0.name: expected 1 to 512 characters"),
+    ],
+    ids=["device", "no-name"],
+)
+def test_flags_that_name_nothing_are_one_line(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(["gateway", *flags, "--check"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sighup_before_it_listens_is_a_reload_and_no_end(tmp_path: Path, workers: int) -> None:

@@ -38,6 +38,13 @@ def test_host_is_refused_before_an_engine_starts(
     assert capsys.readouterr().err.startswith("laguna: error: host: expected an address of this machine")
 
 
+def test_second_model_that_is_not_there_is_refused_before_anything_listens(
+    target: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(target), "/no/such/model", "--port", "0"]) == 2
+    assert capsys.readouterr().err.startswith("laguna: error: /no/such/model: expected an existing folder or a hub id")
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
