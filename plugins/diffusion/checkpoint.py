@@ -72,7 +72,7 @@ def read_config(folder: Path) -> LladaConfig:
         DiffusionError: there is none, it is another model's, or a key is missing or has a value that the model has not.
     """
     path = folder / "config.json"
-    keys = _read_keys(path)
+    keys: dict[str, Any] = _read_keys(path)
     for key, only in ONLY.items():
         if keys.get(key, only) != only:
             raise DiffusionError(f"{path}: expected {key} {only!r}, got {keys[key]!r}; this model is not carried")
@@ -97,7 +97,7 @@ def read_stored_dtype(folder: Path) -> str:
     return str(keys.get("dtype") or keys.get("torch_dtype") or "bfloat16")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, object]:
     """Read a JSON object.  Raises DiffusionError where the file holds none."""
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return keys
 
 
-def _read_keys(path: Path) -> dict[str, Any]:
+def _read_keys(path: Path) -> dict[str, object]:
     keys = read_object(path)
     if (got := keys.get("model_type")) != "llada":
         raise DiffusionError(f'{path}: expected "model_type": "llada", got {got!r}; choose a LLaDA checkpoint')

@@ -11,7 +11,6 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
@@ -278,7 +277,7 @@ def hold_port(host: str, port: int) -> socket.socket:
     return server
 
 
-def _resolve(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
+def _resolve(host: str, port: int) -> tuple[int, tuple[object, ...]]:
     """Resolve a host to the family and place of a socket: IPv4 where a name has both, as vLLM does."""
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
