@@ -18,8 +18,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from laguna_serve.bench.arms.arms import check_answers
 from laguna_serve.bench.cluster.result import ClusterResult, Latency, render_markdown, render_text
-from laguna_serve.bench.harness.prompts import load_texts
+from laguna_serve.bench.harness.prompts import load_texts, split_prompts
+from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.checkpoint.weight_files import read_headers
 from laguna_serve.serving.engine import Engine, EngineConfig, find_port
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
@@ -29,7 +32,8 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import BoundedConfig, Flag
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
-from laguna_serve.serving.kit.run_dir import make_out
+from laguna_serve.serving.kit.run_dir import check_out, make_out
+from laguna_serve.serving.planning.launch import check_launches
 
 if TYPE_CHECKING:
     from laguna_serve.bench.cluster.load import Asker
@@ -43,6 +47,7 @@ exit status: 0 it held, 1 an answer or an outcome was not what it should be, 2 c
 """
 NAME = "teacher"
 KV_GIB, SEQUENCES = 0.25, 8
+WEIGHTS = "model.safetensors"
 # Of equal shape in the toy family's checkpoint; changed places make another model of it.
 SWAPPED = ("model.layers.1.self_attn.o_proj.weight", "model.layers.2.self_attn.o_proj.weight")
 
@@ -79,11 +84,16 @@ def prove(config: ClusterBenchConfig) -> ClusterResult:
     except ModuleNotFoundError as error:
         remedy = "run it by .venv-ray/bin/python (bash scripts/client_env.sh ray makes it)"
         raise CommandError(f"bench/cluster: expected Ray and OpenAI's client, got no {error.name}; {remedy}") from None
-    make_out(config.out)
+    check_out(config.out)
     progress, load, environment = Progress(), OtherLoad(), read_environment(current_argv())
-    prompts = [prompt.text for prompt in load_texts(config.prompts)][: config.num_prompts]
+    prompts = [prompt.text for prompt in split_prompts(load_texts(config.prompts), config.num_prompts, 0)[0]]
+    engine = make_engine(config, config.model)
+    require_swappable(config.model)
+    check_answers(engine, config.max_tokens)
+    check_launches([engine])
     with tempfile.TemporaryDirectory(prefix="laguna-cluster-") as temporary:
         swapped = write_swapped(config.model, Path(temporary, "swapped"))
+        make_out(config.out)
         progress.say("one engine by itself")
         expected, alone = ask_engine(config, config.model, prompts)
         expected_swapped, _ = ask_engine(config, swapped, prompts)
@@ -164,21 +174,38 @@ def make_asker(config: ClusterBenchConfig, url: str) -> Asker:
     return Asker(url, NAME, config.max_tokens)
 
 
+def require_swappable(model: Path) -> None:
+    """Refuse a checkpoint in which no matrices can change places.
+
+    Raises:
+        CheckpointError: it has no such matrices, or not in one file.
+    """
+    tensors = read_headers(model) if (model / WEIGHTS).is_file() else {}
+    if missing := [name for name in SWAPPED if name not in tensors]:
+        raise CheckpointError(f"{model}: expected {missing[0]} in {WEIGHTS}, got none; give tests/toy/teacher")
+
+
 def write_swapped(model: Path, folder: Path) -> Path:
     """Write the checkpoint with two of its matrices in each other's place. Returns the folder."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, folder)
-    tensors = load_file(model / "model.safetensors")
+    tensors = load_file(model / WEIGHTS)
     one, other = SWAPPED
     tensors[one], tensors[other] = tensors[other], tensors[one]
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / WEIGHTS)
     return folder
 
 
 @contextmanager
 def _engine(config: ClusterBenchConfig, model: Path) -> Iterator[Engine]:
-    settings = EngineConfig(
+    with Engine(make_engine(config, model), log_path=config.out / "engine.log") as engine:
+        yield engine
+
+
+def make_engine(config: ClusterBenchConfig, model: Path) -> EngineConfig:
+    """Make an engine as the replicas' are."""
+    return EngineConfig(
         model=str(model),
         draft=None if config.draft is None else str(config.draft),
         served_model_name=NAME,
@@ -187,8 +214,6 @@ def _engine(config: ClusterBenchConfig, model: Path) -> Iterator[Engine]:
         max_num_seqs=SEQUENCES,
         weight_updates=True,
     )
-    with Engine(settings, log_path=config.out / "engine.log") as engine:
-        yield engine
 
 
 if __name__ == "__main__":
