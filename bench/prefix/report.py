@@ -22,7 +22,10 @@ def render_markdown(result: PrefixCacheResult) -> str:
         "",
         f"{result.model}, drafter {result.draft}; {result.max_tokens} tokens per request, eager unless the"
         " command says otherwise. Ratios of acceptance lengths by vLLM's counters; intervals are bootstrapped over"
-        " what was sent together: a prompt, a group of copies, or prompts that lost their blocks to each other.",
+        " what was sent together: a prompt, a group of copies, or prompts that lost their blocks to each other. By"
+        " chunks: of what the client saw, where a server that lags joins steps. vLLM counts one draft more, of"
+        " placeholders, for a request of which the cache has all but the last token: ratios by its counters are lower"
+        " by that.",
         "",
         _tabulate_comparisons(result).to_markdown(),
         "",
@@ -46,15 +49,16 @@ def _tabulate_scenarios(result: PrefixCacheResult) -> Table:
 
 
 def _tabulate_comparisons(result: PrefixCacheResult) -> Table:
-    heads = ["comparison", "ratio", "95% interval", "pairs", "answers that differ", "verdict"]
+    heads = ["comparison", "ratio", "95% interval", "by chunks", "pairs", "answers that differ", "verdict"]
     requests = {row.name: row.requests for row in result.scenarios}
     rows = []
     for row in result.comparisons:
         low, high = row.ci95
         differing = "sampled" if row.differing is None else f"{row.differing} of {requests[row.scenario]}"
         interval = f"{low:.3f}–{high:.3f}"
-        rows.append([row.name, f"{row.ratio:.3f}", interval, str(row.pairs), differing, row.verdict])
-    return Table("lrrrrl", heads, rows)
+        ratios = [f"{row.ratio:.3f}", interval, f"{row.ratio_by_chunks:.3f}"]
+        rows.append([row.name, *ratios, str(row.pairs), differing, row.verdict])
+    return Table("lrrrrrl", heads, rows)
 
 
 def _show(value: float | None) -> str:

@@ -236,7 +236,9 @@ def test_reports_say_what_was_found() -> None:
     assert "falls" in render_text(result)
     assert "partial" in render_text(result)
     page = render_markdown(result)
-    assert "| c | 0.333 | " in page
+    low, high = comparison.ci95
+    chunks = f"{comparison.ratio_by_chunks:.3f}"
+    assert f"| c | 0.333 | {low:.3f}–{high:.3f} | {chunks} | 12 | " in page
     assert "`python x`" in page
 
 
