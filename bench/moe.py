@@ -27,7 +27,7 @@ from laguna_serve.bench.moe_layer.result import LayerSettings, MoeResult, MoeRow
 from laguna_serve.bench.moe_layer.timing import KernelTimer, MoeBenchError, make_shape
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.command import Command
-from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_environment
+from laguna_serve.serving.kit.environment import Environment, OtherLoad, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
@@ -88,13 +88,14 @@ def _time_kernels(config: MoeConfig, shape: Shape) -> MoeResult:
     make_out(config.out)
     environment, progress = read_environment(current_argv()), Progress()
     load = OtherLoad()
-    measured = _read_measured(config, shape) if config.resume else []
+    measured = _read_measured(config, shape, environment) if config.resume else []
     bandwidth = measure_bandwidth(shape.device)
     bandwidth["floor"] = max(bandwidth.values())
     timer = KernelTimer(config, shape, bandwidth["floor"], measured)
-    rows: list[MoeRow] = []
+    listed: list[MoeRow] = []
 
     def make_result(*, partial: bool) -> MoeResult:
+        rows = join_rows(listed, measured)
         return MoeResult(
             environment=load.note(environment),
             settings=describe(config, shape),
@@ -108,11 +109,11 @@ def _time_kernels(config: MoeConfig, shape: Shape) -> MoeResult:
     interrupted = False
     try:
         for done, row in enumerate(timer.list_rows(), start=1):
-            rows.append(row)
+            listed.append(row)
             write_result(config.out / RESULT, make_result(partial=True))
             progress.say(f"  {done}/{timer.total} {row.name}: {summarise(row)}")
     except KeyboardInterrupt:
-        if not rows:
+        if not listed:
             raise
         interrupted = True
     result = make_result(partial=interrupted)
@@ -124,8 +125,20 @@ def _time_kernels(config: MoeConfig, shape: Shape) -> MoeResult:
     return result
 
 
-def _read_measured(config: MoeConfig, shape: Shape) -> list[MoeRow]:
-    """Read the rows that an earlier run into the same folder measured, of the same layer by the same path."""
+def join_rows(listed: Sequence[MoeRow], measured: Sequence[MoeRow]) -> list[MoeRow]:
+    """Join a run's rows with those of an earlier one that it was not asked for, or has not come to."""
+    keys = {row.key for row in listed}
+    others = [row for row in measured if row.key not in keys]
+    return sorted([*listed, *others], key=lambda row: row.key) if others else list(listed)
+
+
+def _read_measured(config: MoeConfig, shape: Shape, environment: Environment) -> list[MoeRow]:
+    """Read the rows that an earlier run into the same folder measured, of the same layer by the same path.
+
+    Raises:
+        MoeBenchError: they are of another one, or of another processor.
+        ResultError: the folder holds another file.
+    """
     if not (config.out / RESULT).exists():
         return []
     earlier = read_result(config.out / RESULT, MoeResult)
@@ -135,6 +148,9 @@ def _read_measured(config: MoeConfig, shape: Shape) -> list[MoeRow]:
         apart = [(f"{name} {here}", f"{there}") for (name, here), there in pairs if here != there]
         expected, got = (", ".join(side) for side in zip(*apart, strict=True))
         raise MoeBenchError(f"--resume: expected rows of {expected}, got {got}; pass another --out")
+    here, there = (" ".join([one.cpu or "unknown", *one.isa]) for one in (environment, earlier.environment))
+    if settings.device == "cpu" and earlier.environment.isa and here != there:
+        raise MoeBenchError(f"--resume: expected rows of {here}, got those of {there}; pass another --out")
     return [row for row in earlier.rows if not row.refused]
 
 

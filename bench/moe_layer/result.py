@@ -66,6 +66,11 @@ class MoeRow(Struct, frozen=True, kw_only=True):
         return self.weights or "full"
 
     @property
+    def key(self) -> tuple[float, bool, int, bool]:
+        """What tells it from other rows, in the order in which these are listed by default."""
+        return self.pruning, self.routing != "uniform", self.tokens, self.kind != "full"
+
+    @property
     def name(self) -> str:
         """The row's label in tables and figures."""
         kind = "" if self.kind == "full" else f", {self.kind}"

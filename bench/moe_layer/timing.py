@@ -64,7 +64,7 @@ class KernelTimer:
 
     def __init__(self, config: MoeConfig, shape: Shape, floor_gb_s: float, measured: Sequence[MoeRow] = ()) -> None:
         self._config, self._shape, self._floor_gb_s = config, shape, floor_gb_s
-        self._measured = {row.name: row for row in measured}
+        self._measured = {row.key: row for row in measured}
         self.stock = "vLLM's cpu_fused_moe, weights packed" if config.vllm else "not measured: --no-vllm"
         self._kinds: tuple[str, ...] = config.weights or ("full", "fp8")
         self.total = len(config.pruning) * len(config.routing) * len(config.tokens) * len(self._kinds)
@@ -89,8 +89,8 @@ class KernelTimer:
                         )
                         for kind in self._kinds
                     ]
-                    if all(blank.name in self._measured for blank in blanks):
-                        yield from (self._measured[blank.name] for blank in blanks)
+                    if all(blank.key in self._measured for blank in blanks):
+                        yield from (self._measured[blank.key] for blank in blanks)
                         continue
                     subject = subject or self._make_subject(pruning)
                     yield from measure_rows(subject, router, blanks, config.repeats, self._floor_gb_s)

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from laguna_serve.bench import moe
 from laguna_serve.bench.moe_layer import layers as moe_layers
 from laguna_serve.bench.moe_layer import timing
 from laguna_serve.bench.moe_layer.layers import Batch, Router, Shape
-from laguna_serve.bench.moe_layer.result import MoeRow
-from laguna_serve.serving.kit.results import read_result
+from laguna_serve.bench.moe_layer.result import MoeResult, MoeRow
+from laguna_serve.serving.kit.environment import read_environment
+from laguna_serve.serving.kit.results import read_result, write_result
 
 SMALL = ["--device", "cpu", "--experts", "16", "--hidden", "64", "--intermediate", "64", "--block", "16", "--topk", "2"]
 SHAPE = Shape(16, 64, 64, 16, 2, torch.float32, torch.device("cpu"))
@@ -166,6 +168,14 @@ def test_interrupted_run_keeps_its_rows(
     assert second["rows"][:4] == first["rows"]
     assert len(second["rows"]) == 8
     assert len(calls) == 2
+    before = json.loads((tmp_path / "out" / "moe.json").read_text())["rows"]
+    assert run(tmp_path, "--resume", "--tokens", "20", "--pruning", "0.5") == 0
+    kept = json.loads((tmp_path / "out" / "moe.json").read_text())["rows"]
+    assert [(r["tokens"], r["pruning"], r["weights"], r["us"]) for r in kept] == [
+        (r["tokens"], r["pruning"], r["weights"], r["us"]) for r in before
+    ]
+    assert kept == before, "those that were not asked for stay"
+    assert "8/8" not in capsys.readouterr().err
     assert run(tmp_path, "--resume", "--block", "32") == 2
     assert "--resume: expected rows of block 32, got 16; pass another --out" in capsys.readouterr().err
 
@@ -211,3 +221,41 @@ def test_kernels_are_timed_from_python(tmp_path: Path, capsys: pytest.CaptureFix
     assert [(row.tokens, row.refused, row.ratio) for row in result.rows] == [(1, None, None)]
     assert read_result(tmp_path / "moe.json", moe.MoeResult) == result
     assert capsys.readouterr().out == ""
+
+
+def make_row(tokens: int, pruning: float = 0.0, us: float = 1.0) -> MoeRow:
+    return MoeRow(
+        tokens=tokens, pruning=pruning, routing="uniform", effective_experts=1.0, error=None, refused=None, us=us
+    )
+
+
+def test_rows_of_an_earlier_run_stay_whatever_this_one_has_come_to() -> None:
+    """A run that was killed at its first row, or asked for fewer, left nothing of them."""
+    measured = [make_row(8), make_row(1), make_row(1, 0.251), make_row(1, 0.25)]
+    joined = moe.join_rows([make_row(1, us=2.0), make_row(4)], measured)
+    assert [(row.pruning, row.tokens, row.us) for row in joined] == [
+        (0.0, 1, 2.0),
+        (0.0, 4, 1.0),
+        (0.0, 8, 1.0),
+        (0.25, 1, 1.0),
+        (0.251, 1, 1.0),
+    ]
+
+
+def test_rows_of_another_processor_are_not_kept(tmp_path: Path) -> None:
+    """The table named one machine over the figures of two."""
+    shape = Shape(64, 2048, 512, 64, 8, torch.bfloat16, torch.device("cpu"))
+    config = moe.MoeConfig(device="cpu", resume=True, out=tmp_path)
+    environment = read_environment(["bench/moe.py"])
+    earlier = MoeResult(
+        environment=structs.replace(environment, isa=["cpu family 0", "model 1"]),
+        settings=moe.describe(config, shape),
+        bandwidth_gb_s={"copy": 1.0, "floor": 1.0},
+        stock="none",
+        rows=[make_row(1)],
+        refused=[],
+        partial=False,
+    )
+    write_result(tmp_path / "moe.json", earlier)
+    with pytest.raises(timing.MoeBenchError, match="--resume: expected rows of .*, got .* cpu family 0 model 1; "):
+        moe.time_kernels(config)
