@@ -18,6 +18,7 @@ from pathlib import Path
 from laguna_serve.bench.harness.prompts import load_texts, split_prompts
 from laguna_serve.bench.rate_check.clients import CrosscheckConfig, measure_both
 from laguna_serve.bench.rate_check.result import CLIENT, VLLM, CrosscheckResult, render_text
+from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.flags import read_flags
 from laguna_serve.serving.kit.results import to_json, write_indented
@@ -54,11 +55,13 @@ def crosscheck(config: CrosscheckConfig) -> CrosscheckResult:
 
     Raises:
         RunDirError: `config.out` cannot be a file.
+        CheckpointError: the model is neither a folder nor a hub id.
         PromptsError: the prompts file cannot be used.
         EndpointError, CrosscheckError: a side failed, or the prefix cache helped whoever came second.
     """
     if config.out is not None:
         check_out_file(config.out)
+    find_folder(config.model)
     prompts, warmup = split_prompts(load_texts(config.prompts), config.num_prompts, WARMUP_PROMPTS)
     with tempfile.TemporaryDirectory() as folder:
         rates = measure_both(config, prompts, warmup, Path(folder))

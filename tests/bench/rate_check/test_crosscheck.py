@@ -44,7 +44,7 @@ def check(
             "--url",
             engine.url,
             "--model",
-            "m",
+            "org/m",
             "--prompts",
             str(prompts),
             "--max-tokens",
@@ -107,7 +107,7 @@ def test_crosscheck_from_python(
     monkeypatch.setattr(clients, "VLLM_BENCH", MOCK_BENCH.replace("RATE", "1e6").replace("LOST", "0"))
     with MockEngine(Settings(delay_s=0.002)) as engine:
         result = crosscheck.crosscheck(
-            crosscheck.CrosscheckConfig(url=engine.url, model="m", prompts=prompts, max_tokens=8, repeats=2)
+            crosscheck.CrosscheckConfig(url=engine.url, model="org/m", prompts=prompts, max_tokens=8, repeats=2)
         )
     assert (result.held, len(result.tok_per_s["ours"]), result.tok_per_s["vllm_bench"]) == (False, 2, [1e6, 1e6])
     assert capsys.readouterr().out == ""
@@ -119,8 +119,21 @@ def test_file_that_cannot_be_is_refused_before_anything_is_measured(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "p"}\n')
     with MockEngine() as engine:
-        flags = ["--url", engine.url, "--model", "m", "--prompts", str(prompts)]
+        flags = ["--url", engine.url, "--model", "org/m", "--prompts", str(prompts)]
         for out in (tmp_path, prompts / "found.json"):
             assert crosscheck.main([*flags, "--out", str(out)]) == 2
             assert f"crosscheck.py: error: --out {out if out == tmp_path else prompts}: " in capsys.readouterr().err
         assert engine.bodies == []
+
+
+def test_model_that_is_not_there_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was vLLM's word on a name of the hub, after the first round."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "p"}\n')
+    with MockEngine() as engine:
+        flags = ["--url", engine.url, "--model", str(tmp_path / "nowhere"), "--prompts", str(prompts)]
+        assert crosscheck.main(flags) == 2
+        assert engine.bodies == []
+    assert "nowhere: expected an existing folder or a hub id" in capsys.readouterr().err
