@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,20 +17,26 @@ from typing import Annotated
 
 import msgspec
 import torch
+from safetensors.torch import save_file
 
 from laguna_serve.plugins.layers import list_heads
 from laguna_serve.plugins.padding import is_dense
 from laguna_serve.scripts.checkpoints.headers import INDEX
-from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
+from laguna_serve.scripts.checkpoints.output import check_space, is_free, save_checkpoint
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
+from laguna_serve.serving.checkpoint.target import is_drafter
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag
+from laguna_serve.serving.kit.run_dir import check_out
 
 STD = 0.02
+LEFT = "nothing is left of it; the same command starts anew"
 LAYERS_PER_SHARD = 4
 EXAMPLES = """examples:
   python scripts/generate_dense.py FOLDER_WITH_CONFIG --width 1-39=4608 --out student    the published student's shape
   python scripts/generate_dense.py FOLDER_WITH_CONFIG --out unpadded                     no padding
+
+exit status: 0 written, 2 it could not run, 130 interrupted
 """
 
 
@@ -72,7 +79,7 @@ class GenerateResult(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    command = Command("scripts/generate_dense.py", GenerateConfig, __doc__, EXAMPLES, interrupted="remove the folder")
+    command = Command("scripts/generate_dense.py", GenerateConfig, __doc__, EXAMPLES, interrupted=LEFT)
     return command.run(argv, generate)
 
 
@@ -83,14 +90,20 @@ def generate(config: GenerateConfig) -> GenerateResult:
         CheckpointError: another model's config, a width that it has no place for, or a folder that is not empty.
     """
     described = read_config(config.config)
-    if not is_dense(described):
+    if not is_dense(described) or is_drafter(described):
         expected = "expected the config of a dense Laguna"
         raise CheckpointError(f"{config.config}: {expected}, got another; see tests/toy/dense")
-    if config.out.exists() and any(config.out.iterdir()):
+    check_out(config.out)
+    if not is_free(config.out):
         raise CheckpointError(f"{config.out}: expected an empty folder or none, got other files; choose another --out")
     widths = choose_widths(described, config.width)
-    total = write_shards(config.config, described, widths, config.out, config.seed)
-    return GenerateResult(out=str(config.out), parameters=total, widths=tuple(widths))
+    parameters = []
+
+    def save(folder: Path) -> None:
+        parameters.append(write_shards(config.config, described, widths, folder, config.seed))
+
+    save_checkpoint(config.out, save)
+    return GenerateResult(out=str(config.out), parameters=parameters[0], widths=tuple(widths))
 
 
 def build_shards(config: ConfigJson, widths: list[int], seed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -142,24 +155,22 @@ def choose_widths(config: ConfigJson, asked: Sequence[tuple[range, int]]) -> lis
 
 
 def write_shards(source: Path, config: ConfigJson, widths: list[int], out: Path, seed: int) -> int:
-    """Write the checkpoint; config.json comes last.  Returns the number of parameters."""
+    """Write the checkpoint's files.  Returns the number of parameters."""
     weight_map: dict[str, str] = {}
     total = 0
     count = -(-config["num_hidden_layers"] // LAYERS_PER_SHARD) + 2
     for number, shard in enumerate(build_shards(config, widths, seed), 1):
         name = f"model-{number:05}-of-{count:05}.safetensors"
         check_space(out, sum(tensor.nbytes for tensor in shard.values()))
-        out.mkdir(parents=True, exist_ok=True)
-        write_tensors(out / name, shard)
+        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
         total += sum(tensor.numel() for tensor in shard.values())
         print(f"generate_dense: {name}: {total:,} parameters so far", file=sys.stderr, flush=True)
     for path in sorted(source.glob("tokenizer*.json")) + sorted(source.glob("*.jinja")):
-        write_file(out / path.name, lambda partial, path=path: partial.write_bytes(path.read_bytes()))  # type: ignore[misc]
+        shutil.copyfile(path, out / path.name)
     index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}
     for name, content in ((INDEX, index), ("config.json", config)):
-        text = json.dumps(content, indent=2) + "\n"
-        write_file(out / name, lambda partial, text=text: partial.write_text(text))  # type: ignore[misc]
+        (out / name).write_text(json.dumps(content, indent=2) + "\n")
     return total
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from laguna_serve.bench.arms.arms import BASELINE, ArmSpec
+from laguna_serve.bench.arms.diffusion import serves_diffusion
 from laguna_serve.bench.harness.prompts import PromptsConfig
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.client.completions import find_root
@@ -142,6 +143,9 @@ def make_judge(config: ReferencesConfig) -> ArmSpec:
     if config.judge_url is not None:
         return _make_running(JUDGE, config.judge_url, None)
     assert config.judge is not None
+    if serves_diffusion(config.judge):
+        expected = "expected a causal model, which reads an answer from left to right"
+        raise CheckpointError(f"--judge {config.judge}: {expected}, got a masked diffusion model; choose another judge")
     dtype = config.judge_dtype
     engine = EngineConfig(
         model=config.judge,

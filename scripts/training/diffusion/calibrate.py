@@ -36,7 +36,7 @@ from laguna_serve.serving.kit.files import write_file
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_indented
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import RunDirError, check_out
 
 EXAMPLES = """examples:
   python scripts/training/diffusion/calibrate.py tests/toy/llada --prompts tests/toy/prompts.jsonl --out out/proposals
@@ -124,6 +124,9 @@ def learn(config: CalibrateConfig) -> Calibration:
         WriteError: a file cannot be written.
     """
     check_out(config.out)
+    read = [folder for folder in (config.model, config.draft) if folder is not None]
+    if config.out.resolve() in [folder.resolve() for folder in read]:
+        raise RunDirError(f"--out {config.out}: expected a folder of its own, got a model's; choose another")
     began, progress = time.monotonic(), Progress()
     torch.set_num_threads(config.threads)
     reference = read_reference(config.schedule, config.cache)
@@ -182,9 +185,12 @@ def _read_canvases(config: CalibrateConfig, target: Llada) -> list[Canvas]:
     if room < 1:
         raise DiffusionError(f"--canvas: expected fewer than {target.config.max_sequence_length}, got {config.canvas}")
     prompts = read_prompts(config.prompts, tokenizer, target.config.vocab_size)
+    if not prompts:
+        raise DiffusionError(f"{config.prompts}: expected prompts, got an empty file; add some")
     chosen = prompts[config.first : config.first + config.num_prompts]
     if not chosen:
-        raise DiffusionError(f"{config.prompts}: expected more than {config.first} prompts; lower --first")
+        expected = f"more than {config.first} prompts"
+        raise DiffusionError(f"{config.prompts}: expected {expected}, got {len(prompts)}; lower --first")
     return [Canvas(tuple(ids[-room:]), config.canvas, config.block, target.config.mask_token_id) for ids in chosen]
 
 

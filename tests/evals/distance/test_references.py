@@ -290,6 +290,10 @@ def test_another_tokenizer_is_refused(measure: Run, serve: Any, who: str) -> Non
         (["--other", "a=", "--num-prompts", "4"], "--num-prompts: expected at most 3, got 4"),
         (["--other", "a=--cache all"], "argument --cache: invalid choice: 'all'"),
         (["--other", "a=--port 9"], "--port: expected it from the launcher"),
+        (
+            ["--other", "a=", "--judge", str(TOY / "llada")],
+            "llada: expected a causal model, which reads an answer from",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_an_engine_starts(

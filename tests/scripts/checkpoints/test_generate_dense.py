@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def test_transformers_loads_it(tmp_path: Path) -> None:
         ("dense", ["--width", "1=700"], "at most 672"),
         ("dense", ["--width", "x"], "expected LAYER=N or FIRST-LAST=N, got 'x'"),
         ("teacher", [], "expected the config of a dense Laguna, got another"),
+        ("dflash", [], "expected the config of a dense Laguna, got another"),
         ("nowhere", [], "got a folder without config.json"),
     ],
 )
@@ -65,3 +67,13 @@ def test_bad_input_is_one_line(tmp_path: Path, model: str, flags: list[str], mes
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_leaves_nothing_that_refuses_the_next_command(tmp_path: Path) -> None:
+    """It asked for the command again, which then refused the files that were left."""
+    script = [sys.executable, str(ROOT / "scripts" / "generate_dense.py"), str(DENSE), "--out", str(tmp_path / "a")]
+    done = subprocess.run(["bash", "-c", 'ulimit -f 2000; "$@"', "_", *script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("got no space left; free some and repeat the command")
+    assert not list((tmp_path / "a").iterdir())
+    assert run(DENSE, "--out", tmp_path / "a").returncode == 0

@@ -17,7 +17,7 @@ from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Reference
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.model import Llada, load_model
-from laguna_serve.scripts.training.diffusion import pretraining
+from laguna_serve.scripts.training.diffusion import calibrate, pretraining
 from laguna_serve.scripts.training.diffusion.ablation import RATIOS, ablate
 from laguna_serve.scripts.training.diffusion.distillation import (
     RATIO_RANGE,
@@ -179,6 +179,23 @@ def test_what_cannot_be_pruned_is_refused(tmp_path: Path) -> None:
         PruneConfig(model=tmp_path, out=tmp_path, keep_units=0.0)
     with pytest.raises(FlagError, match="--dtype: expected float32 or bfloat16, got int8"):
         PruneConfig(model=tmp_path, out=tmp_path, dtype="int8")
+
+
+def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The graphs were written among a model's files, and an empty file asked for a lower --first."""
+    model, prompts = tmp_path / "model", tmp_path / "prompts.jsonl"
+    write_checkpoint(model, CONFIG, make_model().state_dict(), TOY / "teacher")
+    before = sorted(model.iterdir())
+    prompts.write_text("")
+    for folder, out, why in (
+        (model, model, f"--out {model}: expected a folder of its own, got a model's; choose another"),
+        (model, tmp_path / "out", f"{prompts}: expected prompts, got an empty file; add some"),
+        (tmp_path / "no", tmp_path / "out", f"{tmp_path / 'no'}: expected a model's folder, got none with a config.js"),
+    ):
+        assert calibrate.main([str(folder), "--prompts", str(prompts), "--out", str(out)]) == 2
+        assert why in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(model.iterdir()) == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_predicts_its_own_next_commits() -> None:

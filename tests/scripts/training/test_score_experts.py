@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from laguna_serve.plugins.pruning import (
     rank_groups,
     read_shape,
 )
+from laguna_serve.scripts import score_experts
 from laguna_serve.scripts.text.rows import read_rows
 from laguna_serve.scripts.training.pruning.artefacts import choose_block_size
 from laguna_serve.scripts.training.pruning.losses import mean_loss, zeroed
@@ -151,6 +153,15 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path: Path, flags: list[str]
     assert why in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_models_own_folder_is_no_place_for_artefacts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It wrote masks and states beside the weights."""
+    model = shutil.copytree(ROOT / "tests/toy/teacher", tmp_path / "model")
+    before = sorted(model.iterdir())
+    assert score_experts.main([str(model), "--score", "magnitude", "--out", f"{model}/../model"]) == 2
+    assert "expected a folder for the artefacts, got the model's" in capsys.readouterr().err
+    assert sorted(model.iterdir()) == before
 
 
 @pytest.mark.slow
