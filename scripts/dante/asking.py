@@ -146,7 +146,7 @@ async def ask_teacher(
                 refused.append(error)
             except EndpointError as error:
                 begins = msgspec.json.encode(prompt)[:60].decode(errors="replace")
-                raise EndpointError(f"{error}; what was asked begins {begins}") from None
+                raise EndpointError(f"{error}; what came so far is kept; what was asked begins {begins}") from None
             done += 1
             progress.step("asked", done, len(missing))
 

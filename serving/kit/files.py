@@ -48,9 +48,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
         _sync(path.parent)
     except Exception as error:
-        if not isinstance(error, OSError | EOFError) and not is_disk_full(error):
+        refused = _find_refusal(error)
+        if refused is None and not isinstance(error, OSError | EOFError):
             raise
-        raise explain_write(path, error) from None
+        raise explain_write(path, refused or error) from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -132,6 +133,14 @@ def is_no_file(path: Path) -> bool:
 def is_disk_full(error: BaseException) -> bool:
     """Say whether no room, or no quota, is left, or a file may not grow; also as safetensors' Rust side says it."""
     return (isinstance(error, OSError) and error.errno in FULL) or any(f"os error {n})" in str(error) for n in FULL)
+
+
+def _find_refusal(error: BaseException) -> Exception | None:
+    """Find the error of a full disk, also behind what a library says in its place, as torch does at a file's end."""
+    found: BaseException | None = error
+    while found is not None and not is_disk_full(found):
+        found = found.__context__
+    return found if isinstance(found, Exception) else None
 
 
 def explain_write(path: Path | None, error: Exception) -> WriteError:

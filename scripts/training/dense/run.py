@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import torch
 from transformers import AutoTokenizer, LagunaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from laguna_serve.scripts.checkpoints.output import check_own, save_checkpoint
 from laguna_serve.scripts.text.rows import TOY, read_rows
@@ -122,6 +123,7 @@ def distil(config: DistillConfig, ranks: Ranks) -> DistillResult | None:
 def _distil(config: DistillConfig, ranks: Ranks, folder: Path, work: Path) -> DistillResult | None:
     """Do what is missing of both stages, alone in the folders."""
     recipe = config.recipe
+    disable_progress_bar()  # of loading and saving
     # Refused before the text is read and the weights are.
     widths = student.choose_widths(read_laguna(folder), dict(config.width))
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from laguna_serve.serving.kit.files import write_json
+from laguna_serve.serving.kit.files import explain_write, write_json
 
 FILES: dict[str, np.dtype[Any]] = {
     "ids": np.dtype(np.uint32),
@@ -72,7 +72,22 @@ def write_tokens(encoded: Iterable[Encoded], folder: Path | None, key: dict[str,
     Args:
         folder: None for files without a name, which are gone with the object.
         key: what they are made of, for `open_tokens`.
+
+    Raises:
+        WriteError: the disk is full or refuses.
     """
+    if folder is not None:
+        (folder / HEADER).unlink(missing_ok=True)  # of other tokens, whose files are written over
+    try:
+        tokens = _write_and_map(encoded, folder)
+    except OSError as error:  # also of closing the files
+        raise explain_write(folder, error) from None
+    if folder is not None:
+        write_json(folder / HEADER, key)
+    return tokens
+
+
+def _write_and_map(encoded: Iterable[Encoded], folder: Path | None) -> Tokens:
     with ExitStack() as stack:
         files: dict[str, Any] = {}
         for name in FILES:
@@ -81,19 +96,20 @@ def write_tokens(encoded: Iterable[Encoded], folder: Path | None, key: dict[str,
             else:
                 folder.mkdir(parents=True, exist_ok=True)
                 files[name] = stack.enter_context((folder / f"{name}.bin").open("w+b"))
-        at = 0
+        _write_documents(encoded, files)
+        return Tokens(**{name: _map(files[name], dtype) for name, dtype in FILES.items()})
+
+
+def _write_documents(encoded: Iterable[Encoded], files: dict[str, Any]) -> None:
+    at = 0
+    files["starts"].write(np.int64(at).tobytes())
+    for ids, spoken in encoded:
+        at += len(ids)
+        files["ids"].write(np.array(ids, FILES["ids"]).tobytes())
+        files["spoken"].write(np.array(spoken, FILES["spoken"]).tobytes())
         files["starts"].write(np.int64(at).tobytes())
-        for ids, spoken in encoded:
-            at += len(ids)
-            files["ids"].write(np.array(ids, FILES["ids"]).tobytes())
-            files["spoken"].write(np.array(spoken, FILES["spoken"]).tobytes())
-            files["starts"].write(np.int64(at).tobytes())
-        for file in files.values():
-            file.flush()
-        tokens = Tokens(**{name: _map(files[name], dtype) for name, dtype in FILES.items()})
-    if folder is not None:
-        write_json(folder / HEADER, key)
-    return tokens
+    for file in files.values():
+        file.flush()
 
 
 def _map(file: Path | BinaryIO, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

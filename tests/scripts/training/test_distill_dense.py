@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +29,11 @@ from laguna_serve.scripts.training.dense import initial, losses, stages, student
 from laguna_serve.scripts.training.dense.config import DistillConfig, Recipe
 from laguna_serve.scripts.training.dense.report import plot
 from laguna_serve.scripts.training.dense.targets import Beside, Drawn
+from laguna_serve.scripts.training.dense.tokens import open_tokens, write_tokens
 from laguna_serve.scripts.training.dense.work import open_work
 from laguna_serve.scripts.training.ranks import ALONE
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.kit.files import WriteError
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
@@ -310,3 +313,17 @@ def test_interrupted_run_continues_to_the_same_student(tmp_path: Path) -> None:
     other = run(*short, "--seed", "1", "--work", str(tmp_path / "cut.work"), "--out", str(tmp_path / "other"))
     assert other.returncode == 2
     assert "got another run's; pass --fresh or --work" in other.stderr
+
+
+def test_tokens_that_the_disk_has_no_room_for_are_not_taken_for_others(tmp_path: Path) -> None:
+    key, others = {"source": "a"}, {"source": "b"}
+    write_tokens([([1, 2], [True, True])], tmp_path, key)
+
+    def stream() -> Iterator[tuple[list[int], list[bool]]]:
+        yield [3], [True]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(WriteError, match=f"{tmp_path}: expected to write it, got no space left"):
+        write_tokens(stream(), tmp_path, others)
+    assert open_tokens(tmp_path, key) is None
+    assert open_tokens(tmp_path, others) is None

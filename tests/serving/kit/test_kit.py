@@ -212,6 +212,25 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.txt", "before")]
 
 
+def test_a_full_disk_is_named_behind_what_a_library_says_of_it(tmp_path: Path) -> None:
+    """Of a training state's last bytes torch says "unexpected pos 7791168 vs 7791060", in a traceback."""
+
+    def write(partial: Path) -> None:
+        try:
+            raise OSError(errno.EFBIG, "File too large")
+        except OSError:
+            raise RuntimeError("unexpected pos")  # noqa: B904  # as the end of a `with` does
+
+    with pytest.raises(WriteError, match=r"x.state: expected to write it, got no space left; free some and repeat"):
+        write_file(tmp_path / "x.state", write)
+
+    def fail(partial: Path) -> None:
+        raise RuntimeError("another fault")
+
+    with pytest.raises(RuntimeError, match="another fault"):
+        write_file(tmp_path / "x.state", fail)
+
+
 def test_what_is_no_file_is_written_to_and_stays(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
