@@ -190,7 +190,7 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, capsys: pytest.Cap
     for folder, out, why in (
         (model, model, f"--out {model}: expected a folder of its own, got a model's; choose another"),
         (model, tmp_path / "out", f"{prompts}: expected prompts, got an empty file; add some"),
-        (tmp_path / "no", tmp_path / "out", f"{tmp_path / 'no'}: expected a model's folder, got none with a config.js"),
+        (tmp_path / "no", tmp_path / "out", f"{tmp_path / 'no'}: expected a model's configuration, got no config.js"),
     ):
         assert calibrate.main([str(folder), "--prompts", str(prompts), "--out", str(out)]) == 2
         assert why in capsys.readouterr().err.splitlines()[-1]
