@@ -110,7 +110,9 @@ def read_object(path: Path) -> dict[str, object]:
 
 def _read_keys(path: Path) -> dict[str, object]:
     if not path.exists():
-        raise DiffusionError(f"{path.parent}: expected a model's configuration, got no config.json in it; check the folder")
+        raise DiffusionError(
+            f"{path.parent}: expected a model's configuration, got no config.json in it; check the folder"
+        )
     keys = read_object(path)
     if (got := keys.get("model_type")) != "llada":
         raise DiffusionError(f'{path}: expected "model_type": "llada", got {got!r}; choose a LLaDA checkpoint')

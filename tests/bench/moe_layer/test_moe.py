@@ -257,5 +257,5 @@ def test_rows_of_another_processor_are_not_kept(tmp_path: Path) -> None:
         partial=False,
     )
     write_result(tmp_path / "moe.json", earlier)
-    with pytest.raises(timing.MoeBenchError, match="--resume: expected rows of .*, got .* cpu family 0 model 1; "):
+    with pytest.raises(timing.MoeBenchError, match=r"--resume: expected rows of .*, got .* cpu family 0 model 1; "):
         moe.time_kernels(config)
