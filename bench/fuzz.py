@@ -21,6 +21,7 @@ from laguna_serve.bench.fuzzing.runner import Fuzz
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.kit.run_dir import check_out
 from laguna_serve.serving.planning.launch import check_launches
 
 __all__ = ["FuzzConfig", "FuzzResult", "fuzz_engine", "main"]
@@ -50,9 +51,11 @@ def fuzz_engine(config: FuzzConfig) -> FuzzResult:
     """Send requests until the time is over; fuzz.json and sent.jsonl are in `config.out` however it ends.
 
     Raises:
-        EngineError: the engine did not start, or does not answer the control request.
+        RunDirError: `config.out` cannot be a folder.
+        EngineError: the engine cannot or did not start, or does not answer the control request.
         ResultError: the folder of a run to resume holds another file.
     """
+    check_out(config.out)
     check_launches([config.make_engine()])
     fuzz = Fuzz(config, Progress())
     try:
