@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The toy teacher in FP8, whole and pruned by 10, 25 and 40%: bytes, loss, speed, DFlash's speed-up and parity.
 #   bash scripts/fp8_toy.sh OUT [PERCENT …]      results below OUT; what is there already is not measured again
+#   PART=loss, speed or exact: one part alone; PROMPTS=N: of speed and exact (64); PORT=N: the server that loss asks
 # Loss is that of the served model on the toy's held-out prompts; each speed-up is the model's own plain decoding against
 # its DFlash, interleaved in one run; "exact" compares with the dequantised original, zeroed, in bf16.
 set -euo pipefail
 case " $* " in *' -h '* | *' --help '*) sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ $# -lt 1 ]; then
-  sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit 2
 fi
 out=$1
@@ -86,7 +87,8 @@ for percent in percents:
     speed, exact = read(f"dflash-{percent}", "ab.json"), read(f"exact-{percent}", "ab.json")
     cells = [f"{percent}%", *(f"{sizes[key] / 2**20:.2f}" for key in ("bytes_after", "held_bytes"))]
     cells.append(f"{loss['loss']['nats_per_token']:.4f}" if loss else "")
-    cells.append("{point:.2f}× ({ci95[0]:.2f}–{ci95[1]:.2f})".format(**speed["speedup"]) if speed else "")
+    point, interval = ("", None) if not speed else (f"{speed['speedup']['point']:.2f}×", speed["speedup"]["ci95"])
+    cells.append(point if not interval else f"{point} ({interval[0]:.2f}–{interval[1]:.2f})")  # of few prompts none
     cells += ["{mismatches} of {prompts}".format(**result["parity"]) if result else "" for result in (speed, exact)]
     print("|", " | ".join(cells), "|")
 END
