@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ def write_tokens(encoded: Iterable[Encoded], folder: Path | None, key: dict[str,
 
 def _write_and_map(encoded: Iterable[Encoded], folder: Path | None) -> Tokens:
     with ExitStack() as stack:
-        files: dict[str, Any] = {}
+        files: dict[str, BinaryIO] = {}
         for name in FILES:
             if folder is None:
                 files[name] = stack.enter_context(tempfile.TemporaryFile())
@@ -100,7 +100,7 @@ def _write_and_map(encoded: Iterable[Encoded], folder: Path | None) -> Tokens:
         return Tokens(**{name: _map(files[name], dtype) for name, dtype in FILES.items()})
 
 
-def _write_documents(encoded: Iterable[Encoded], files: dict[str, Any]) -> None:
+def _write_documents(encoded: Iterable[Encoded], files: Mapping[str, BinaryIO]) -> None:
     at = 0
     files["starts"].write(np.int64(at).tobytes())
     for ids, spoken in encoded:
