@@ -33,6 +33,8 @@ PREFIXES = (
     *("MKL_", "KMP_", "OPENBLAS_", "CUBLAS_", "NVIDIA_TF32"),
 )
 VARIABLES = ("VLLM_BATCH_INVARIANT", "VLLM_FLOAT32_MATMUL_PRECISION", "LAGUNA_CPU_ISA")
+# How long a thread waits awake for the next work: older identities have it.
+WAITING = ("KMP_BLOCKTIME",)
 THREADS = "OMP_NUM_THREADS"
 WEIGHTS = "weights, "
 NOT_HERE = "not on this machine"
@@ -81,7 +83,8 @@ def read_machine(environment: Environment) -> dict[str, str]:
 
 def list_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """List the variables that are set and bear on what is computed."""
-    return {f"${name}": value for name, value in environ.items() if name in VARIABLES or name.startswith(PREFIXES)}
+    bear = {name for name in environ if name in VARIABLES or name.startswith(PREFIXES)}
+    return {f"${name}": environ[name] for name in environ if name in bear.difference(WAITING)}
 
 
 def read_weights(models: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 from laguna_serve.bench import certify
 from laguna_serve.bench.arms.options import make_spec
 from laguna_serve.bench.certificate import identity
-from laguna_serve.bench.certificate.check import EXAMPLES
+from laguna_serve.bench.certificate.check import EXAMPLES, compare
 from laguna_serve.bench.certificate.identity import NOT_HERE, list_variables, make_identity
 from laguna_serve.bench.certificate.result import Certificate
 from laguna_serve.bench.certificate.subject import find_identity
@@ -198,6 +198,15 @@ def test_hash_is_of_the_parts_alone() -> None:
 def test_keys_and_places_are_no_part() -> None:
     environ = {"VLLM_API_KEY": "secret", "VLLM_CACHE_ROOT": "/x", "HF_TOKEN": "secret", "VLLM_CPU_ATTN_SPLIT_KV": "0"}
     assert list_variables(environ) == {"$VLLM_CPU_ATTN_SPLIT_KV": "0"}
+
+
+def test_how_long_threads_wait_is_no_part_in_old_identities_either() -> None:
+    assert list_variables({"KMP_BLOCKTIME": "0", "KMP_DETERMINISTIC_REDUCTION": "1"}) == {
+        "$KMP_DETERMINISTIC_REDUCTION": "1"
+    }
+    old, here = make_identity({"torch": "2", "$KMP_BLOCKTIME": "0"}, {}), make_identity({"torch": "2"}, {})
+    found = compare("identical", old, here)
+    assert (found.applies, found.differing) == (True, [])
 
 
 def test_torch_that_does_not_answer_is_one_line(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
