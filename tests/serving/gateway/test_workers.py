@@ -106,8 +106,11 @@ def start(
     ):
         try:
             assert process.stdout is not None
-            words = process.stdout.readline().split()
-            front = Front(process, words[2], words[-4])
+            line = process.stdout.readline()
+            said = re.fullmatch(r"gateway at (\S+) for m, status at (\S+)  \(process (\d+); Ctrl-C stops it\)\n", line)
+            assert said is not None, line
+            assert int(said[3]) == process.pid
+            front = Front(process, said[1], said[2])
             yield front
         finally:
             if process.poll() is None:
