@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from probes import run_program
 from sequential_toy import make_sequential
 
+from laguna_serve.plugins.processes.inspection import ask_here
+
 pytestmark = pytest.mark.vllm
 TESTS = Path(__file__).resolve().parent.parent
 TOY = TESTS / "toy"
@@ -162,15 +164,18 @@ def test_proposals_equal_plain_pytorch(observed: dict[str, Any]) -> None:
 def read_draft_config(drafter: Path) -> Any:
     """The drafter's config as vLLM holds it once it has checked target and drafter."""
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+    from vllm.model_executor.models import registry
 
-    target = ModelConfig(model=str(TOY / "teacher"), max_model_len=512)
-    draft = SpeculativeConfig(
-        method="dflash",
-        model=str(drafter),
-        num_speculative_tokens=7,
-        target_model_config=target,
-        target_parallel_config=ParallelConfig(),
-    )
+    with pytest.MonkeyPatch.context() as patch:  # a new interpreter for each class takes six seconds
+        patch.setattr(registry, "_run_in_subprocess", ask_here)
+        target = ModelConfig(model=str(TOY / "teacher"), max_model_len=512)
+        draft = SpeculativeConfig(
+            method="dflash",
+            model=str(drafter),
+            num_speculative_tokens=7,
+            target_model_config=target,
+            target_parallel_config=ParallelConfig(),
+        )
     return draft.draft_model_config.hf_config
 
 
