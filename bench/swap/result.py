@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from laguna_serve.bench.stats.quartiles import Quartiles
 from laguna_serve.serving.kit.environment import Environment
 
-SituationName = Literal["warm", "cold", "swap", "woken", "restart"]
+SituationName = Literal["warm", "cold", "swap", "rested", "woken", "restart"]
 
 
 class Situation(Struct, frozen=True, kw_only=True):
@@ -34,6 +34,8 @@ class SwapResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="lag
         sleep_level: of vLLM's, for "woken"; 0 where engines do not sleep.
         rounds: that are in it.
         swap_to_restart: the gateway's swap ÷ a restart by hand, both means over a round's requests, over rounds.
+        rest_s: how long an engine had been there before a "rested" swap.
+        rested_to_restart: the same of these swaps.
     """
 
     environment: Environment
@@ -46,3 +48,5 @@ class SwapResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag="lag
     rounds: int
     situations: list[Situation]
     swap_to_restart: Quartiles
+    rest_s: float | UnsetType = UNSET
+    rested_to_restart: Quartiles | UnsetType = UNSET

@@ -74,6 +74,10 @@ class SwapConfig:
     sleep_level: Annotated[
         int, Flag("of vLLM's: measure engines that sleep, too; needs a GPU (default: 0, none)", metavar="L", at_least=0)
     ] = 0
+    rest: Annotated[
+        float,
+        Flag("seconds that an engine is there before a swap is measured again (default: 10)", metavar="S", at_least=0),
+    ] = 10.0
     rounds: Annotated[
         int, Flag("every situation in each (default: 5)", metavar="N", at_least=1, group="what to ask")
     ] = 5
@@ -160,13 +164,14 @@ class _Run:
 
     Attributes:
         ttft_s: by situation and model.
-        ratios: swaps ÷ restarts, of every round.
+        ratios, rested: swaps ÷ restarts, of every round; of engines that have been there for a while.
         held_gib: what each model's engine takes.
     """
 
     config: SwapConfig
     ttft_s: dict[tuple[SituationName, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     ratios: list[float] = field(default_factory=list)
+    rested: list[float] = field(default_factory=list)
     held_gib: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -197,8 +202,11 @@ class _Run:
             self._note("cold", first, gateway.url)
             for name in (second, first):
                 self._note("swap", name, gateway.url)
+            for name in (second, first):
+                time.sleep(self.config.rest)
+                self._note("rested", name, gateway.url)
             found = {name: (model["loads"], model["evictions"]) for name, model in _read_models(gateway).items()}
-            if found != {first: (2, 1), second: (1, 1)}:
+            if found != {first: (3, 2), second: (2, 2)}:
                 room = f"room for one model in {self.room_gib:.2f} GiB"
                 raise EngineError(f"memory: expected {room}, got (loads, evictions) {found}; see their logs")
 
@@ -225,8 +233,10 @@ class _Run:
 
     def end_round(self) -> None:
         """Compare the round's swaps with its restarts."""
-        swaps, restarts = ([self.ttft_s[kind, name][-1] for name in self.config.names] for kind in ("swap", "restart"))
-        self.ratios.append(fmean(swaps) / fmean(restarts))
+        kinds: tuple[SituationName, ...] = ("swap", "rested", "restart")
+        swap, rested, restart = (fmean(self.ttft_s[kind, name][-1] for name in self.config.names) for kind in kinds)
+        self.ratios.append(swap / restart)
+        self.rested.append(rested / restart)
 
     def sum_up(self, environment: Environment) -> SwapResult:
         """Everything so far, by situation."""
@@ -248,6 +258,8 @@ class _Run:
                 if (seconds := self.ttft_s.get((kind, name)))
             ],
             swap_to_restart=find_quartiles(self.ratios),
+            rest_s=config.rest,
+            rested_to_restart=find_quartiles(self.rested),
         )
 
     @contextmanager

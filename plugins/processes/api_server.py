@@ -20,16 +20,26 @@ VLLM_SERVER = "vllm.entrypoints.openai.api_server"
 ENGINE = "vllm.v1.engine.async_llm"
 
 
-def run() -> None:
-    """Import vLLM's server, then execute it as the program that was asked for."""
+def load() -> None:
+    """Import vLLM's server and what it imports later."""
     gc.disable()
     importlib.import_module(VLLM_SERVER)
     with contextlib.suppress(ModuleNotFoundError):  # where it is elsewhere, it is imported later
         importlib.import_module(ENGINE)
     gc.freeze()
     gc.enable()
+
+
+def execute() -> None:
+    """Execute it, loaded, as the program that was asked for."""
     del sys.modules[VLLM_SERVER]  # it is executed as __main__, by that name
     runpy.run_module(VLLM_SERVER, run_name="__main__", alter_sys=True)
+
+
+def run() -> None:
+    """Import vLLM's server, then execute it."""
+    load()
+    execute()
 
 
 if __name__ == "__main__":

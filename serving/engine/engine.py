@@ -27,6 +27,7 @@ from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT
 from laguna_serve.serving.engine.batch_invariance import ExactError, check_exact
 from laguna_serve.serving.engine.death import count_memory_kills, describe_death
 from laguna_serve.serving.engine.log import find_notes, find_phase, measure_log, read_log
+from laguna_serve.serving.engine.spare import REAPER, Spares
 from laguna_serve.serving.kit.flags.vllm import find_value
 from laguna_serve.serving.machine.local_http import OK, ask_engine
 from laguna_serve.serving.planning.engine_config import EngineConfig
@@ -78,6 +79,7 @@ class Engine:
         stop_grace_s: float = STOP_GRACE_S,
         announce: Callable[[str], None] | None = None,
         api_key: str | None = None,
+        spares: Spares | None = None,
     ) -> None:
         self.config = config
         self.log_path = log_path
@@ -90,6 +92,8 @@ class Engine:
         self.chat = NO_CONTRACT
         self._announce = announce or (lambda _line: None)
         self._api_key = api_key
+        self._spares = spares or Spares()
+        self._environment: dict[str, str] = {}
         self._imports = ""
         self._memory_kills = 0
         self._marks: deque[tuple[float, int]] = deque()
@@ -109,6 +113,7 @@ class Engine:
             self._wait_until_ready()
             if self.config.exact:
                 self._check_exact()
+            self._spares.prepare(self.command, self._environment)
         except BaseException:
             self.stop()
             raise
@@ -181,21 +186,20 @@ class Engine:
         launch = plan_launch(self.config, self._api_key)
         self.command, self.base_url = launch.command, launch.base_url
         self.gamma, self.chat, self._imports = launch.gamma, launch.chat, launch.imports
+        self._environment = launch.environment
         for warning in launch.warnings:
             self._announce(f"warning: {warning}")
         # vLLM takes it seconds from now; until then nobody gets it by chance.
         self._held = hold_port(self.config.host, urlsplit(launch.base_url).port or 0)
         self._empty_log()
         self._memory_kills = count_memory_kills()
-        supervise = [
-            sys.executable,
-            "-m",
-            "laguna_serve.serving.supervision.reaper",
-            str(os.getpid()),
-            str(self.stop_grace_s),
-        ]
-        self._supervisor = subprocess.Popen(
-            [*supervise, os.path.abspath(self.log_path), *self.command],
+        self._supervisor = self._spares.take(
+            self.command, launch.environment, grace_s=self.stop_grace_s, log=self.log_path
+        ) or subprocess.Popen(
+            [
+                *(sys.executable, "-m", REAPER, str(os.getpid()), str(self.stop_grace_s)),
+                *(os.path.abspath(self.log_path), *self.command),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env=launch.environment,

@@ -10,6 +10,10 @@ that file is reported on stderr, and harms nobody.  vLLM's sockets, which it lea
 the end.  Linux only.
 
     python -m laguna_serve.serving.supervision.reaper PARENT_PID GRACE_S LOG COMMAND…
+    python -m laguna_serve.serving.supervision.reaper PARENT_PID spare COMMAND…
+
+A spare command is told on its stdin what to do when that is known: this process gets a line, a JSON object of grace_s,
+log and arguments, and hands the arguments on, a JSON list.
 
 Exit status: that of the command, or 128 + the number of the signal that ended it.
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -45,6 +51,15 @@ LOG_S = 5.0
 # Where vLLM makes its sockets; a socket's path has at most 107 bytes, and its own name there is a UUID.
 SOCKETS, LONGEST_FOLDER = "VLLM_RPC_BASE_PATH", 107 - 1 - 36
 CHUNK_BYTES = 1 << 16
+SPARE = "spare"
+
+
+@dataclass
+class Task:
+    """How a command is treated; without a log it is a spare one, which waits for its task."""
+
+    grace_s: float = 0.0
+    log: LogWriter | None = None
 
 
 def adopt_orphans() -> None:
@@ -68,7 +83,7 @@ def keep_sockets() -> Iterator[None]:
 
 
 @keep_sockets()
-def supervise(parent_pid: int, grace_s: float, log: LogWriter, command: list[str]) -> int:
+def supervise(parent_pid: int, task: Task, command: list[str]) -> int:
     """Run the command until it ends, the parent is gone or a signal asks for the end; leave no process behind."""
     adopt_orphans()
     libc = ctypes.CDLL(None)
@@ -81,15 +96,14 @@ def supervise(parent_pid: int, grace_s: float, log: LogWriter, command: list[str
     # preexec_fn is safe here: this process has one thread still.
     child = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL if task.log is not None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         bufsize=0,
         start_new_session=True,
         preexec_fn=prepare_child,
     )
-    assert child.stdout is not None
-    writer = threading.Thread(target=copy_lines, args=(child.stdout, log), daemon=True)
+    writer = threading.Thread(target=follow, args=(child, task), daemon=True)
     writer.start()
     asked_to_stop = False
     while child.poll() is None and not asked_to_stop:
@@ -99,11 +113,38 @@ def supervise(parent_pid: int, grace_s: float, log: LogWriter, command: list[str
     if asked_to_stop:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(grace_s)
-    end_tree(min(ORPHAN_GRACE_S, grace_s) if child.poll() is not None else 0.0)
+            child.wait(task.grace_s)
+    end_tree(min(ORPHAN_GRACE_S, task.grace_s) if child.poll() is not None else 0.0)
     status = child.wait()
-    writer.join(LOG_S)
+    if task.log is not None:
+        writer.join(LOG_S)
     return status if status >= 0 else 128 - status
+
+
+def follow(child: subprocess.Popen[bytes], task: Task) -> None:
+    """Copy what a command writes to its log; a spare one gets its task before."""
+    if task.log is None:
+        line = read_line(0)
+        if not line:  # nobody needs it
+            return
+        given = json.loads(line)
+        task.grace_s, task.log = float(given["grace_s"]), LogWriter(Path(given["log"]), report)
+        assert child.stdin is not None
+        with contextlib.suppress(OSError), child.stdin as pipe:  # what has ended has left its words
+            pipe.write(json.dumps(given["arguments"]).encode() + b"\n")
+    assert child.stdout is not None
+    copy_lines(child.stdout, task.log)
+
+
+def read_line(descriptor: int) -> bytes:
+    """Read a whole line; empty where the other end is closed before. Not by a reader that holds a lock at the end."""
+    read = b""
+    while not read.endswith(b"\n"):
+        data = os.read(descriptor, CHUNK_BYTES)
+        if not data:
+            return b""
+        read += data
+    return read
 
 
 def copy_lines(source: IO[bytes], log: LogWriter) -> None:
@@ -152,5 +193,13 @@ def list_live_descendants() -> list[psutil.Process]:
     return live
 
 
+def main(parent_pid: str, kind: str, *rest: str) -> int:
+    """Run as the arguments say; see above. Returns the exit status."""
+    if kind == SPARE:
+        return supervise(int(parent_pid), Task(), list(rest))
+    log, *command = rest
+    return supervise(int(parent_pid), Task(float(kind), LogWriter(Path(log), report)), command)
+
+
 if __name__ == "__main__":
-    sys.exit(supervise(int(sys.argv[1]), float(sys.argv[2]), LogWriter(Path(sys.argv[3]), report), sys.argv[4:]))
+    sys.exit(main(*sys.argv[1:]))

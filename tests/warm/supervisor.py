@@ -67,4 +67,5 @@ class _Subprocess:
 def supervise(grace_s: str, log: str, *command: str) -> int:
     """What reaper.py does when it is executed; its parent is the process that has forked it."""
     reaper.subprocess = _Subprocess  # type: ignore[attr-defined]
-    return reaper.supervise(os.getppid(), float(grace_s), LogWriter(Path(log), reaper.report), list(command))
+    task = reaper.Task(float(grace_s), LogWriter(Path(log), reaper.report))
+    return reaper.supervise(os.getppid(), task, list(command))

@@ -25,7 +25,8 @@ class Server(ConfigTable):
     kept for `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s).  After SIGTERM the
     gateway answers for `lame_duck_s` as before and is not ready, so that balancers leave it in the meantime.
 
-    So many processes (`workers`) take connections, and share the limits.
+    So many processes (`workers`) take connections, and share the limits. With two engines or more of its own a process
+    that has imported vLLM waits for the next one that starts (`spare_process`).
     """
 
     old_names: ClassVar[Mapping[str, str]] = types.MappingProxyType(
@@ -47,6 +48,7 @@ class Server(ConfigTable):
     trusted_proxies: Annotated[tuple[Network, ...], Field(strict=False)] = ()
     access_log: bool = False
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 1
+    spare_process: bool = True
 
     @model_validator(mode="after")
     def _check_certificate(self) -> Self:

@@ -14,6 +14,7 @@ from laguna_serve.serving.chat.sampling_defaults import find_temperature
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import Engine, EngineError
 from laguna_serve.serving.engine.figures import read_figures
+from laguna_serve.serving.engine.spare import Spares
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.gateway.residence import sleep
 from laguna_serve.serving.gateway.residence.plans import make_engine_config
@@ -67,8 +68,8 @@ def describe_upstream(engine: Launched, table: OwnedEngine, routes: Routes) -> d
 class OwnedProcess:
     """An engine through `serving/engine`: a process group with a supervisor, which ends it when the gateway ends."""
 
-    def __init__(self, name: str, table: OwnedEngine, log: Path) -> None:
-        self._name, self._table, self._log = name, table, log
+    def __init__(self, name: str, table: OwnedEngine, log: Path, spares: Spares | None = None) -> None:
+        self._name, self._table, self._log, self._spares = name, table, log, spares
         self._engine: Engine | None = None
         self._stopped = threading.Event()
 
@@ -89,7 +90,11 @@ class OwnedProcess:
         except CheckpointError as error:
             raise EngineError(str(error)) from None
         engine = self._engine = Engine(
-            config, log_path=self._log, ready_timeout_s=self._table.start_timeout_s, announce=logger.info
+            config,
+            log_path=self._log,
+            ready_timeout_s=self._table.start_timeout_s,
+            announce=logger.info,
+            spares=self._spares,
         )
         if self._stopped.is_set():
             raise EngineError(f"engine {self._name}: expected it to start, got the end of the gateway; start it again")

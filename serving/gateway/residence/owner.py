@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from laguna_serve.serving.engine import EngineError
+from laguna_serve.serving.engine.spare import Spares
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.gateway.config.tables import Model, Upstream
@@ -45,10 +47,10 @@ class Owner:
     `place` is told where a model's engine is, and None when it is about to end: nothing may be sent there any more.
     """
 
-    def __init__(self, make: MakeEngine = OwnedProcess, clock: Callable[[], float] = time.monotonic) -> None:
-        self.scheduler, self.routes = Scheduler(), Routes()
+    def __init__(self, make: MakeEngine | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.scheduler, self.routes, self._spares = Scheduler(), Routes(), Spares()
         self.place: Callable[[str, Upstream | None], None] = lambda _name, _upstream: None
-        self._make, self._clock = make, clock
+        self._make, self._clock = make or partial(OwnedProcess, spares=self._spares), clock
         self._config: Config | None = None
         self._models: dict[str, Model] = {}
         self._upstreams: dict[str, Upstream] = {}
@@ -71,19 +73,17 @@ class Owner:
         A model whose engine is to be another one from now on is ended when nothing is in flight.
         """
         owned = {model.name: model for model in config.models if model.engine is not None}
-        changed = {
-            name for name in owned.keys() & self._models.keys() if self._models[name].engine != owned[name].engine
-        }
+        known = owned.keys() & self._models.keys()
+        changed = {name for name in known if self._models[name].engine != owned[name].engine}
         self._config = config
+        self._spares.wanted = config.server.spare_process and len(owned) > 1
         self._models = self._models | owned
-        terms = {
-            name: self._make_terms(name, model.engine) for name, model in owned.items() if model.engine is not None
-        }
+        engines = {name: model.engine for name, model in owned.items() if model.engine is not None}
+        terms = {name: self._make_terms(name, engine) for name, engine in engines.items()}
         self.scheduler.configure(terms, self._find_budgets(config) if owned else {})
         for name in changed:
             model = self.scheduler.models[name]
-            model.leaving, model.measured_bytes = model.state is not State.UNLOADED, None
-            model.retry_s = 0.0
+            model.leaving, model.measured_bytes, model.retry_s = model.state is not State.UNLOADED, None, 0.0
         if self.scheduler.models:
             self._drive_soon()
 
@@ -151,6 +151,7 @@ class Owner:
                 await asyncio.wait(self._tasks, timeout=STOP_POLL_S)
             else:
                 self._engines.clear()
+        await self._run(self._spares.close)
         if self._threads is not None:
             self._threads.shutdown()
 

@@ -49,7 +49,7 @@ def mock_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("mock_engines")
 def test_every_situation_is_asked_in_every_round(tmp_path: Path) -> None:
-    result = measure_swaps(SwapConfig(model=("folder/a", "folder/b"), rounds=2, out=tmp_path))
+    result = measure_swaps(SwapConfig(model=("folder/a", "folder/b"), rounds=2, rest=0.01, out=tmp_path))
     counts = {(one.name, one.model): len(one.ttft_s) for one in result.situations}
     assert counts == {
         ("warm", "a"): 10,
@@ -58,13 +58,19 @@ def test_every_situation_is_asked_in_every_round(tmp_path: Path) -> None:
         ("cold", "b"): 2,
         ("swap", "a"): 2,
         ("swap", "b"): 2,
+        ("rested", "a"): 2,
+        ("rested", "b"): 2,
         ("restart", "a"): 2,
         ("restart", "b"): 2,
     }
     medians = {(one.name, one.model): one.spread.median for one in result.situations}
-    assert all(0 < medians["warm", name] < medians[kind, name] for kind in ("cold", "swap", "restart") for name in "ab")
+    assert all(
+        0 < medians["warm", name] < medians[kind, name]
+        for kind in ("cold", "swap", "rested", "restart")
+        for name in "ab"
+    )
     assert msgspec.json.decode((tmp_path / "swap.json").read_bytes(), type=SwapResult) == result
-    assert "| swap | the other model's engine is ended first | a | 2 |" in (tmp_path / "swap.md").read_text()
+    assert "| rested | the same, after it has been there for a while | a | 2 |" in (tmp_path / "swap.md").read_text()
 
 
 @pytest.mark.slow
@@ -72,7 +78,7 @@ def test_every_situation_is_asked_in_every_round(tmp_path: Path) -> None:
 def test_room_for_two_is_no_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "HEADROOM", 3.0)
     with pytest.raises(EngineError, match=r"memory: expected room for one model in .* got \(loads, evictions\)"):
-        measure_swaps(SwapConfig(model=("folder/a", "folder/b"), rounds=1, out=tmp_path))
+        measure_swaps(SwapConfig(model=("folder/a", "folder/b"), rounds=1, rest=0.01, out=tmp_path))
 
 
 def test_two_models_are_needed_and_a_gpu_to_sleep_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

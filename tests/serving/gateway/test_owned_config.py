@@ -143,6 +143,16 @@ def test_streams_and_errors_are_read_as_they_come() -> None:
     assert read_error(502, b"<html>").message == "The engine answered with status 502 and no stream."
 
 
+@pytest.mark.parametrize(
+    ("engines", "server", "wanted"), [(1, {}, False), (2, {}, True), (2, {"spare_process": False}, False)]
+)
+def test_a_spare_process_is_for_gateways_that_swap(engines: int, server: dict[str, Any], wanted: bool) -> None:
+    models = [{"name": f"m{number}", "engine": {"model": "folder", "memory_gib": 1}} for number in range(engines)]
+    owner = Owner()
+    owner.configure(parse_config({"models": models, "server": server}, "test"))
+    assert owner._spares.wanted is wanted
+
+
 def test_a_model_of_which_nothing_is_known_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     owner, config = Owner(), parse({"model": "no/such/folder/here"})
     owner.configure(config)

@@ -1,0 +1,109 @@
+"""A process that has imported vLLM and waits for what it is to serve, so that the next engine starts without imports.
+
+Five of the six and a half seconds until an engine of the toy answers on two cores are imports, the same for all models.
+The spare is a supervisor (supervision/reaper.py) with a server beneath it (plugins/processes/spare.py) that has the
+environment of the engine before it; only an engine that is to have the same takes it, as much of the environment is
+read while libraries are loaded.  It holds 0.6 GiB while it waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from laguna_serve.serving.planning.command import SERVER_MODULE
+
+REAPER = "laguna_serve.serving.supervision.reaper"
+SERVER = "laguna_serve.plugins.processes.spare"
+# How an engine's command begins that a spare can run.
+SERVE = (sys.executable, "-m", SERVER_MODULE)
+# Less is left to engines.
+ROOM_BYTES = 2 << 30
+END_S = 5.0
+logger = logging.getLogger(__name__)
+
+
+class Spares:
+    """At most one spare process, which this one's engines share; any thread may ask."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._environment: Mapping[str, str] = {}
+
+    def prepare(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Have one for the next engine, if it is wanted and there is room, like one that runs now."""
+        with self._lock:
+            if not self.wanted:
+                self._end()
+                return
+            if not _is_server(command) or self._fits(environment) or psutil.virtual_memory().available < ROOM_BYTES:
+                return
+            self._end()
+            self._environment = dict(environment)
+            self._process = subprocess.Popen(
+                [*(sys.executable, "-m", REAPER, str(os.getpid()), "spare"), *(sys.executable, "-m", SERVER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env=self._environment,
+                start_new_session=True,
+            )
+
+    def take(
+        self, command: Sequence[str], environment: Mapping[str, str], *, grace_s: float, log: Path
+    ) -> subprocess.Popen[bytes] | None:
+        """Let the spare run a server's command; None where there is none, or none that fits."""
+        with self._lock:
+            if not _is_server(command) or not self._fits(environment):
+                return None
+            process, self._process = self._process, None
+        if process is None or process.stdin is None:
+            return None
+        job = {"grace_s": grace_s, "log": os.path.abspath(log), "arguments": list(command[len(SERVE) :])}
+        try:
+            with process.stdin as pipe:
+                pipe.write(json.dumps(job).encode() + b"\n")
+        except OSError:
+            end(process)
+            return None
+        return process
+
+    def close(self) -> None:
+        """End the spare, and make no other."""
+        with self._lock:
+            self.wanted = False
+            self._end()
+
+    def _fits(self, environment: Mapping[str, str]) -> bool:
+        return self._process is not None and self._process.poll() is None and self._environment == environment
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            end(process)
+
+
+def _is_server(command: Sequence[str]) -> bool:
+    return tuple(command[: len(SERVE)]) == SERVE
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a supervisor, which ends what it supervises."""
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
+    process.kill()
+    process.wait()
