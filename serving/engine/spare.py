@@ -36,28 +36,36 @@ class Spares:
     """At most one spare process, which this one's engines share; any thread may ask."""
 
     def __init__(self) -> None:
-        self.wanted = False
+        self._wanted = False
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._environment: Mapping[str, str] = {}
 
+    def want(self, wanted: bool) -> None:
+        """Have one from the next engine on, or none from now on; it does not wait."""
+        self._wanted = wanted
+        if not wanted and self._process is not None:
+            threading.Thread(target=self._drop, name="spare").start()
+
     def prepare(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Have one for the next engine, if it is wanted and there is room, like one that runs now."""
         with self._lock:
-            if not self.wanted:
-                self._end()
+            if not self._wanted or not _is_server(command) or self._fits(environment):
                 return
-            if not _is_server(command) or self._fits(environment) or psutil.virtual_memory().available < ROOM_BYTES:
+            if psutil.virtual_memory().available < ROOM_BYTES:
                 return
             self._end()
             self._environment = dict(environment)
-            self._process = subprocess.Popen(
-                [*(sys.executable, "-m", REAPER, str(os.getpid()), "spare"), *(sys.executable, "-m", SERVER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                env=self._environment,
-                start_new_session=True,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [*(sys.executable, "-m", REAPER, str(os.getpid()), "spare"), *(sys.executable, "-m", SERVER)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    env=self._environment,
+                    start_new_session=True,
+                )
+            except OSError as error:  # the engine that runs is none the worse
+                logger.warning("spare process: expected one to start, got %s; the next engine does without", error)
 
     def take(
         self, command: Sequence[str], environment: Mapping[str, str], *, grace_s: float, log: Path
@@ -80,9 +88,13 @@ class Spares:
 
     def close(self) -> None:
         """End the spare, and make no other."""
+        self._wanted = False
+        self._drop()
+
+    def _drop(self) -> None:
         with self._lock:
-            self.wanted = False
-            self._end()
+            if not self._wanted:
+                self._end()
 
     def _fits(self, environment: Mapping[str, str]) -> bool:
         return self._process is not None and self._process.poll() is None and self._environment == environment

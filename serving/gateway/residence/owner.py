@@ -76,7 +76,7 @@ class Owner:
         known = owned.keys() & self._models.keys()
         changed = {name for name in known if self._models[name].engine != owned[name].engine}
         self._config = config
-        self._spares.wanted = config.server.spare_process and len(owned) > 1
+        self._spares.want(config.server.spare_process and len(owned) > 1)
         self._models = self._models | owned
         engines = {name: model.engine for name, model in owned.items() if model.engine is not None}
         terms = {name: self._make_terms(name, engine) for name, engine in engines.items()}

@@ -15,7 +15,7 @@ import pytest
 from serving_fakes import read_pids, wait_until_gone
 
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, spare
-from laguna_serve.serving.engine.spare import Spares
+from laguna_serve.serving.engine.spare import SERVE, Spares
 
 # The main process, its child, and the orphan in a session of its own.
 MEMBERS = 3
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def spares(fake_vllm: Path) -> Iterator[Spares]:
     made = Spares()
-    made.wanted = True
+    made.want(True)
     yield made
     made.close()
 
@@ -88,12 +88,27 @@ def test_engine_that_no_spare_fits_starts_by_itself(
         os.kill(tree[1], signal.SIGKILL)
         wait_until_gone(tree)
     elif how == "not wanted":
-        spares.wanted = False
+        spares.want(False)
+        wait_until_gone(tree)
     with start(target, tmp_path, spares, "second") as engine:
         assert how == "not wanted" or not set(tree) & set(engine.pids())
         if how == "not wanted":
             assert spares._process is None
     wait_until_gone(tree)
+
+
+def test_system_that_starts_no_spare_harms_no_engine(
+    target: Path, tmp_path: Path, spares: Spares, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spare.subprocess, "Popen", refuse)
+        spares.prepare(SERVE, dict(os.environ))
+    assert "Resource temporarily unavailable" in caplog.text
+    with start(target, tmp_path, spares) as engine:
+        assert engine.pids()
 
 
 def test_engine_without_vllm_prepares_none(spares: Spares) -> None:
@@ -105,7 +120,7 @@ OWNER = """
 import os, sys, time
 from laguna_serve.serving.engine.spare import SERVE, Spares
 spares = Spares()
-spares.wanted = True
+spares.want(True)
 spares.prepare(SERVE, os.environ)
 print(spares._process.pid, flush=True)
 time.sleep(60)

@@ -150,7 +150,7 @@ def test_a_spare_process_is_for_gateways_that_swap(engines: int, server: dict[st
     models = [{"name": f"m{number}", "engine": {"model": "folder", "memory_gib": 1}} for number in range(engines)]
     owner = Owner()
     owner.configure(parse_config({"models": models, "server": server}, "test"))
-    assert owner._spares.wanted is wanted
+    assert owner._spares._wanted is wanted
 
 
 def test_a_model_of_which_nothing_is_known_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
