@@ -221,7 +221,8 @@ def describe_diffusion(result: DiffusionResult, _folder: Path) -> list[str]:
 def describe_swap(result: SwapResult, _folder: Path) -> list[str]:
     """Seconds to the first token in each situation, and what a swap takes of a restart."""
     said = [f"{one.name} {one.model}: {one.spread.median:.2f} s" for one in result.situations]
-    return [*said, f"a swap takes {result.swap_to_restart.median:.2f} of a restart"]
+    shares = {"a swap": result.swap_to_restart, "a rested one": result.rested_to_restart}
+    return said + [f"{name} takes {found.median:.2f} of a restart" for name, found in shares.items() if found]
 
 
 DESCRIBED: dict[type[Struct], Callable[[Any, Path], list[str]]] = {

@@ -134,12 +134,12 @@ SWAP = Step(
         *(PYTHON, "bench/swap", *TWO_MODELS, "--kv-cache-gib", "2", "--sleep-level", "1", "--rounds", "2"),
         *("--out", OUT),
     ),
-    rehearsal=(PYTHON, "bench/swap", *TWO_MODELS, "--quick", "--out", OUT),
+    rehearsal=(PYTHON, "bench/swap", *TWO_MODELS, "--quick", "--rest", "1", "--out", OUT),
     result="swap.json",
-    expected="woken in a second or less, where a swap takes what a start takes; answers after sleep are right, or the"
-    " gateway's first request of an engine fails and says so",
-    why="sleep mode, which no engine of the gateway's has met; then level 2 with a drafter (`docs/gateway.md`)",
-    starts=20,
-    work_s=60,
+    expected="woken in a second or less; a rested swap in half of a restart or less; answers after sleep are right, or"
+    " the gateway's first request of an engine fails and says so",
+    why="sleep mode and the spare process, which no GPU has met; then level 2 with a drafter (`docs/gateway.md`)",
+    starts=24,
+    work_s=100,
     needs=(*TOY_FILES, "tests/toy/dense"),
 )
