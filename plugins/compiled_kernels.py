@@ -21,12 +21,15 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from laguna_serve.kernels.isa import read_flags
 
 logger = logging.getLogger(__name__)
 
@@ -113,18 +116,11 @@ def kernel_folder() -> Path:
     from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
     from vllm import envs
 
-    parts = (torch.__version__, get_compiler_version_info(get_cpp_compiler()), _processor())
+    parts = (
+        torch.__version__,
+        get_compiler_version_info(get_cpp_compiler()),
+        platform.machine(),
+        *sorted(read_flags()),
+    )
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return Path(envs.VLLM_CACHE_ROOT) / "torch_compile_cache" / FOLDER / name
-
-
-def _processor() -> str:
-    """Name the processor and its features, as far as the system tells."""
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.machine()
-    kept = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(sorted(line for line in lines if line.split(":")[0].strip() in kept))

@@ -9,15 +9,12 @@ from typing import Any
 from laguna_serve.serving.gateway.clients import refusals
 from laguna_serve.serving.gateway.clients.answer import LINGER_S
 from laguna_serve.serving.gateway.clients.strict_http import StrictProtocol
-from laguna_serve.serving.gateway.clients.timer import LazyTimer
+from laguna_serve.serving.gateway.clients.timer import BODY, HEAD, NOTHING, AwaitTimer
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.codings import check_codings
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.headers import read_length
-
-# What a connection's timer is set for.
-NOTHING, HEAD, BODY = range(3)
 
 
 class AdminProtocol(StrictProtocol):
@@ -29,8 +26,7 @@ class AdminProtocol(StrictProtocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._timer = LazyTimer(self.loop, self._give_up)
-        self._awaited = NOTHING
+        self._timer = AwaitTimer(self.loop, self._give_up)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Await the first head from here."""
@@ -50,7 +46,7 @@ class AdminProtocol(StrictProtocol):
     def note_head(self) -> None:
         """Note that a head is there: what is awaited now is waited for from now on."""
         super().note_head()
-        self._awaited = NOTHING
+        self._timer.awaited = NOTHING
 
     def on_headers_complete(self) -> None:
         """Note that the head is there; the application does not see one whose body is refused."""
@@ -98,16 +94,11 @@ class AdminProtocol(StrictProtocol):
             awaited, within_s = BODY, self.find_relay().config.server.body_timeout_s
         else:
             awaited, within_s = NOTHING, 0.0
-        if awaited != self._awaited:
-            self._awaited = awaited
-            if awaited == NOTHING:
-                self._timer.stop()
-            else:
-                self._timer.start(within_s)
+        self._timer.expect(awaited, within_s)
 
     def _give_up(self) -> None:
         """Give up: what was awaited has not come."""
-        awaited, self._awaited = self._awaited, NOTHING
+        awaited = self._timer.take()
         busy = self.cycle is not None and not self.cycle.response_complete
         if awaited == BODY:
             self._refuse_body(errors.body_too_slow(), begun=True)

@@ -22,13 +22,12 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from laguna_serve.serving.gateway.clients import refusals
 from laguna_serve.serving.gateway.clients.answer import Answer
 from laguna_serve.serving.gateway.clients.strict_http import MAX_PIPELINED, StrictProtocol
-from laguna_serve.serving.gateway.clients.timer import LazyTimer
+from laguna_serve.serving.gateway.clients.timer import BODY, HEAD, NEXT, NOTHING, AwaitTimer
 from laguna_serve.serving.gateway.clients.turns import Turns
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.wire.headers import read_head
 
 # What a connection's timer is set for.
-NOTHING, HEAD, BODY, NEXT = range(4)
 # Requests of one connection that waited behind another one, and are begun before others have their turn.
 MOST_AT_ONCE = 16
 logger = logging.getLogger(__name__)
@@ -47,8 +46,7 @@ class GatewayProtocol(StrictProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._relay = self.find_relay()
-        self._timer = LazyTimer(self.loop, self._give_up)
-        self._awaited = NOTHING
+        self._timer = AwaitTimer(self.loop, self._give_up)
         self._answer: Answer | None = None
         # What was begun last; of those that wait behind it some are being begun.
         self._begun: Any = None
@@ -96,8 +94,8 @@ class GatewayProtocol(StrictProtocol):
                 self._take(data)
 
     def _take(self, data: bytes) -> None:
-        if self._awaited == NEXT:
-            self._awaited = NOTHING
+        if self._timer.awaited == NEXT:
+            self._timer.awaited = NOTHING
         super().data_received(data)
         self._watch()
 
@@ -249,16 +247,11 @@ class GatewayProtocol(StrictProtocol):
         else:
             # Also the rest of a body that nobody waits for.
             awaited, within_s = NOTHING if self._is_busy() else NEXT, self.timeout_keep_alive
-        if awaited != self._awaited:
-            self._awaited = awaited
-            if awaited == NOTHING:
-                self._timer.stop()
-            else:
-                self._timer.start(within_s)
+        self._timer.expect(awaited, within_s)
 
     def _give_up(self) -> None:
         """Give up: what was awaited has not come."""
-        awaited, self._awaited = self._awaited, NOTHING
+        awaited = self._timer.take()
         if awaited == HEAD:
             if self._is_busy():
                 self._watch()

@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+# What a connection may await.
+NOTHING, HEAD, BODY, NEXT = range(4)
+
 
 class LazyTimer:
     """Calls `act` when the time last given to `start` is over, unless `stop` comes first; one at a time."""
@@ -53,3 +56,27 @@ class LazyTimer:
             self._due_s = None
             if self._act is not None:
                 self._act()
+
+
+class AwaitTimer(LazyTimer):
+    """A timer for what a connection awaits, counted from where its waiting began."""
+
+    __slots__ = ("awaited",)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:
+        super().__init__(loop, act)
+        self.awaited = NOTHING
+
+    def expect(self, awaited: int, within_s: float) -> None:
+        """Await this from now on, if it is not what is awaited already."""
+        if awaited != self.awaited:
+            self.awaited = awaited
+            if awaited == NOTHING:
+                self.stop()
+            else:
+                self.start(within_s)
+
+    def take(self) -> int:
+        """Return what was awaited; nothing is from now on."""
+        awaited, self.awaited = self.awaited, NOTHING
+        return awaited
