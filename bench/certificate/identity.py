@@ -16,12 +16,14 @@ from typing import Any
 
 import msgspec
 
-from laguna_serve.serving.checkpoint import find_folder
+from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.digest import digest_checkpoint
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.machine.device import Device, read_driver
+from laguna_serve.serving.machine.threads import THREADS, name_openmp
 from laguna_serve.serving.planning.command import build_environment
+from laguna_serve.serving.planning.inspection import weigh
 from laguna_serve.serving.planning.launch import require_device
 
 PROBE = "laguna_serve.plugins.probes.arithmetic"
@@ -35,7 +37,6 @@ PREFIXES = (
 VARIABLES = ("VLLM_BATCH_INVARIANT", "VLLM_FLOAT32_MATMUL_PRECISION", "LAGUNA_CPU_ISA")
 # How long a thread waits awake for the next work: older identities have it.
 WAITING = ("KMP_BLOCKTIME",)
-THREADS = "OMP_NUM_THREADS"
 WEIGHTS = "weights, "
 NOT_HERE = "not on this machine"
 
@@ -65,19 +66,27 @@ def make_identity(parts: Mapping[str, str], models: Mapping[str, str]) -> Identi
     return Identity(sha256=digest, parts=ordered, models=dict(models))
 
 
-def read_machine(environment: Environment) -> dict[str, str]:
-    """Read the parts that are this machine's: build, code, device, threads, variables.
+def read_machine(environment: Environment, target: str) -> dict[str, str]:
+    """Read the parts that are this machine's: build, code, device, threads for a target, variables.
 
     Raises:
         EngineError: there is no vLLM, or no device for it.
         IdentityError: torch could not be asked.
     """
     device = require_device()
-    engine = build_environment(os.environ, device, local=True)
+    try:
+        weights = weigh(target)
+    except CheckpointError:  # the folder of an older certificate is gone
+        weights = 0
+    engine = build_environment(os.environ, device, local=True, weight_bytes=weights)
     parts = {name: version for name, version in environment.versions.items() if name in BUILD}
     parts |= {"processor": environment.cpu or "unknown", "processor's instructions": ", ".join(environment.isa)}
     parts |= ask_torch() | _read_driver(device)
     parts["threads"] = engine.get(THREADS, "vLLM's choice")
+    if device.kind == "cpu":
+        parts["OpenMP"] = name_openmp(engine)
+    if not weights and THREADS in engine and THREADS not in os.environ:
+        parts["threads"] = NOT_HERE
     return parts | list_variables(engine)
 
 

@@ -31,7 +31,7 @@ def find_identity(config: ArmsConfig, specs: Mapping[str, ArmSpec], environment:
         return None
     models = {BASELINE_ROLE: config.model, CANDIDATE_ROLE: config.candidate_model, DRAFT_ROLE: config.draft}
     named = {role: name for role, name in models.items() if name is not None}
-    parts = read_machine(environment) | read_weights(named) | _list_settings(config)
+    parts = read_machine(environment, config.model) | read_weights(named) | _list_settings(config)
     return make_identity(parts, named)
 
 

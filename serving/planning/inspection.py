@@ -221,6 +221,12 @@ def _count_kept(keep_mask: Path) -> tuple[int, tuple[int, ...]] | None:
     return int(mask.shape[2]), tuple(int(count) for count in mask.sum(axis=(1, 2)))
 
 
+def weigh(name: str) -> int:
+    """Weigh a target: `Checkpoints.target_bytes` of a folder or hub id.  Raises CheckpointError."""
+    folder = find_folder(name)
+    return 0 if folder is None else _weigh(read_served(folder).target, folder)
+
+
 def _weigh(target: Target | None, folder: Path) -> int:
     """Bytes of the files that are here, else of what config.json describes; of pruned experts what the engine holds."""
     stored = 0 if target is not None and target.experts is not None else measure_weights(folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
-from laguna_serve.serving.checkpoint.target import STOCK, Target
+from laguna_serve.serving.checkpoint.target import STOCK, Target, value_bytes
 from laguna_serve.serving.checkpoint.tensors import require_numbers, require_tensors
 from laguna_serve.serving.checkpoint.weight_files import list_weights, require_weights
 from laguna_serve.serving.kit.errors import CommandError
@@ -105,6 +105,7 @@ def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
         os.environ,
         device,
         local=checkpoints.local,
+        weight_bytes=checkpoints.target_bytes,
         exact=config.exact,
         weight_updates=config.weight_updates,
         settings=choose_settings(config, checkpoints, device),
@@ -123,9 +124,11 @@ def _plan_diffusion(config: EngineConfig, model: DiffusionModel, device: Device,
     """As `plan_launch`, for a masked diffusion model, which has an engine of its own.  Raises CheckpointError, too."""
     require_files(config, model)
     port = find_port(config.host) if config.port is None else require_port(config.host, config.port)
+    weights = model.parameters * value_bytes(model.dtype)
+    environment = build_environment(os.environ, device, local=True, weight_bytes=weights)
     return Launch(
         command=build_diffusion_command(config, model, port),
-        environment=_finish_environment(build_environment(os.environ, device, local=True), api_key),
+        environment=_finish_environment(environment, api_key),
         base_url=_format_url(config.host, port),
         gamma=None,
         chat=find_chat(model),

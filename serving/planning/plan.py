@@ -118,6 +118,7 @@ def make_plan(config: EngineConfig, device: Device, *, planned: bool = False) ->
         base,
         device,
         local=checkpoints.local,
+        weight_bytes=checkpoints.target_bytes,
         exact=config.exact,
         weight_updates=config.weight_updates,
         settings=choose_settings(config, checkpoints, device),

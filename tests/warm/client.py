@@ -202,9 +202,13 @@ def start_warm(target: str | Path, *arguments: str, venv: str = ".venv", **named
     return warm(venv).start(str(target), *arguments, **named)
 
 
-@functools.cache
 def warm(venv: str = ".venv") -> Warm:
     """The one of this process."""
+    return _make(venv)
+
+
+@functools.cache  # by what is given: without a name and with the usual one is the same
+def _make(venv: str) -> Warm:
     return Warm(venv)
 
 

@@ -221,10 +221,22 @@ def test_routed_experts_are_refused_where_there_are_none(target: Path, make_chec
 
 def test_cpu_engine_leaves_a_core_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
-    assert build_environment({}, CPU, local=True)["OMP_NUM_THREADS"] == "3"
-    assert build_environment({"OMP_NUM_THREADS": "8"}, CPU, local=True)["OMP_NUM_THREADS"] == "8"
+    assert build_environment({}, CPU, local=True, weight_bytes=1000)["OMP_NUM_THREADS"] == "3"
+    assert build_environment({}, CPU, local=True, weight_bytes=1 << 30)["OMP_NUM_THREADS"] == "4"
+    told = {"OMP_NUM_THREADS": "8"}
+    assert build_environment(told, CPU, local=True, weight_bytes=1000)["OMP_NUM_THREADS"] == "8"
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
-    assert build_environment({}, CPU, local=True)["OMP_NUM_THREADS"] == "1"
+    assert build_environment({}, CPU, local=True, weight_bytes=1000)["OMP_NUM_THREADS"] == "1"
+
+
+def test_launch_and_plan_count_threads_by_the_target(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    config = EngineConfig(model=str(target), extra_args=("--load-format", "dummy"))
+    assert launch.plan_launch(config).environment["OMP_NUM_THREADS"] == "1"
+    large = replace(inspect(config), target_bytes=1 << 30)
+    monkeypatch.setattr(launch, "check_launch", lambda _config: large)
+    assert launch.plan_launch(config).environment["OMP_NUM_THREADS"] == "2"
 
 
 def test_cpu_engine_keeps_more_of_onednns_products_unless_told_otherwise() -> None:
@@ -236,7 +248,7 @@ def test_cpu_engine_keeps_more_of_onednns_products_unless_told_otherwise() -> No
 def test_gpu_engine_keeps_vllms_executor_and_threads(target: Path) -> None:
     gpu = Device("gpu", "gpu", 80 * GIB, 70 * GIB)
     assert "--distributed-executor-backend" not in build(EngineConfig(model=str(target)), gpu)
-    of_cpus = {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    of_cpus = {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LD_PRELOAD"}
     assert not of_cpus & build_environment({}, gpu, local=True).keys()
 
 
