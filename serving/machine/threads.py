@@ -13,6 +13,8 @@ from importlib import metadata
 
 THREADS, PRELOAD = "OMP_NUM_THREADS", "LD_PRELOAD"
 PACKAGE, LIBRARY = "intel-openmp", "libiomp5.so"
+# Any of them among what is preloaded is the caller's choice.
+LIBRARIES = ("libiomp", "libomp", "libgomp")
 # Either says how threads wait; Intel's OpenMP reads both.
 WAITING = ("KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 # ms that a thread waits awake. Between two parallel regions of a step it must not fall asleep (a step of 2.5 ms takes
@@ -37,10 +39,10 @@ def plan_threads(base: Mapping[str, str], weight_bytes: int) -> dict[str, str]:
     """Plan the variables of an engine's threads, beside those of `base`, whose choices stand."""
     planned = {THREADS: str(choose_threads(weight_bytes))} if THREADS not in base else {}
     preloaded = base.get(PRELOAD, "")
-    library = None if LIBRARY in preloaded else find_openmp()
+    library = None if any(name in preloaded for name in LIBRARIES) else find_openmp()
     if library is not None:
         planned[PRELOAD] = f"{preloaded}:{library}" if preloaded else library
-    if (library is not None or LIBRARY in preloaded) and not any(name in base for name in WAITING):
+    if LIBRARY in planned.get(PRELOAD, preloaded) and not any(name in base for name in WAITING):
         planned[WAITING[0]] = AWAKE_MS
     return planned
 
