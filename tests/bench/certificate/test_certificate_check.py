@@ -90,6 +90,17 @@ def test_weights_that_are_not_here_leave_it_open(check: Any, models: Path) -> No
     assert any("weights, drafter" in line and "--draft" in line for line in lines)
 
 
+def test_threads_for_a_target_that_is_not_here_are_not_known(
+    check: Any, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large target may get another number of them than a small one."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    shutil.rmtree(models / "teacher")
+    status, lines = check()
+    assert status == 2
+    assert "- threads: expected 2, got not on this machine; name its folder with --model or --draft" in lines
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -97,6 +108,7 @@ def test_weights_that_are_not_here_leave_it_open(check: Any, models: Path) -> No
         ("torch", "- torch's instruction set: expected AVX512, got AVX2"),
         ("variable", "- $ONEDNN_MAX_CPU_ISA: expected none, got AVX2"),
         ("threads", "- threads: expected 2, got 1"),
+        ("OpenMP", "- OpenMP: expected "),
         ("version", "- torch: expected "),
         ("processor", "- processor: expected "),
         ("instructions", "- processor's instructions: expected "),
@@ -115,6 +127,8 @@ def test_every_part_that_differs_has_a_line(
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     elif change == "threads":
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    elif change == "OpenMP":
+        monkeypatch.setattr(identity, "name_openmp", lambda _environment: "another")
     else:
         other = {
             "version": {"versions": here.versions | {"torch": "1.0"}},
