@@ -1,8 +1,8 @@
 """Threads of an engine on a CPU: how many, by whose OpenMP, and how they wait for work.
 
 vLLM for CPUs brings Intel's OpenMP along and asks for it to be preloaded; torch and what Inductor compiles otherwise
-run on GNU's. On the toy teacher, two cores of a Zen 5, one thread: plain decoding 1.11 times as fast, DFlash with γ 7
-1.07 times (bench/results/openmp-cpu).
+run on GNU's. On the toy teacher, two cores of a Zen 5, one thread, two starts each: plain decoding 1.15 and 1.11 times
+as fast, DFlash with γ 7 1.00 and 1.04 times (bench/results/threads-cpu).
 """
 
 from __future__ import annotations
