@@ -111,7 +111,7 @@ def check_certificate(config: CheckConfig, environment: Environment) -> Certific
     settings = {DTYPE: config.dtype, GAMMA: config.gamma, COMPILE: "eager" if config.eager else None}
     subject |= {part: str(value) for part, value in settings.items() if value is not None}
     kept = {part: value for part, value in identity.parts.items() if part.startswith("setting, ")}
-    machine = read_machine(environment, models[BASELINE_ROLE])
+    machine = read_machine(environment, models.get(BASELINE_ROLE))
     here = make_identity(kept | subject | machine | _find_weights(models), models)
     return compare(certificate.verdict, identity, here)
 

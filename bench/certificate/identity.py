@@ -66,7 +66,7 @@ def make_identity(parts: Mapping[str, str], models: Mapping[str, str]) -> Identi
     return Identity(sha256=digest, parts=ordered, models=dict(models))
 
 
-def read_machine(environment: Environment, target: str) -> dict[str, str]:
+def read_machine(environment: Environment, target: str | None) -> dict[str, str]:
     """Read the parts that are this machine's: build, code, device, threads for a target, variables.
 
     Raises:
@@ -75,7 +75,7 @@ def read_machine(environment: Environment, target: str) -> dict[str, str]:
     """
     device = require_device()
     try:
-        weights = weigh(target)
+        weights = 0 if target is None else weigh(target)
     except CheckpointError:  # the folder of an older certificate is gone
         weights = 0
     engine = build_environment(os.environ, device, local=True, weight_bytes=weights)

@@ -21,10 +21,13 @@ import msgspec
 from laguna_serve.kernels import isa
 from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import read_isa
+from laguna_serve.serving.machine.threads import THREADS, choose_threads
 
 # What an engine's arithmetic may be held by, and with it these rates.
 LIMITS = (*isa.LIMITS, isa.VARIABLE)
 ROWS = (1, 8)
+# What the probe multiplies with: threads as for a model of that size.
+SMALL_BYTES = 1024 * 4096 * 2
 # How many times as fast float32 must be for twice the memory, above what a busy machine's measurement may err by.
 WORTH_IT = 1.1
 TIMEOUT_S = 120.0
@@ -114,7 +117,7 @@ def find_rates() -> Rates | None:
 def measure_rates() -> Rates | None:
     """Measure them in a child process, which has torch and an engine's threads. None where that fails."""
     command = [sys.executable, "-c", PROBE, *map(str, ROWS)]
-    environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1)), **os.environ}
+    environment = {THREADS: str(choose_threads(SMALL_BYTES)), **os.environ}
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True, env=environment

@@ -60,8 +60,9 @@ def find_openmp() -> str | None:
 
 def name_openmp(environment: Mapping[str, str]) -> str:
     """Name the OpenMP that an engine of this environment runs on, for records."""
-    if LIBRARY not in environment.get(PRELOAD, ""):
-        return "GNU's, or what torch brings"
+    preloaded = environment.get(PRELOAD, "")
+    if LIBRARY not in preloaded:
+        return "LLVM's" if "libomp" in preloaded else "GNU's, or what torch brings"
     try:
         return f"Intel's {metadata.version(PACKAGE)}"
     except metadata.PackageNotFoundError:

@@ -90,6 +90,18 @@ def test_weights_that_are_not_here_leave_it_open(check: Any, models: Path) -> No
     assert any("weights, drafter" in line and "--draft" in line for line in lines)
 
 
+def test_certificate_that_names_no_target_is_no_traceback(
+    check: Any, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    result = json.loads(certificate.read_text())
+    del result["identity"]["models"]["target"]
+    certificate.write_text(json.dumps(result))
+    status, lines = check()
+    assert status == 1
+    assert any("threads: expected 2, got not on this machine" in line for line in lines)
+
+
 def test_threads_for_a_target_that_is_not_here_are_not_known(
     check: Any, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

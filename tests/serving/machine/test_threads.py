@@ -71,6 +71,7 @@ def test_what_is_preloaded_stays_preloaded() -> None:
     assert "LD_PRELOAD" not in planned
     assert planned["KMP_BLOCKTIME"] == "10"
     assert plan_threads({"LD_PRELOAD": "libgomp.so.1"}, 1000).keys() == {"OMP_NUM_THREADS"}
+    assert name_openmp({"LD_PRELOAD": "/lib/libomp.so.5"}) == "LLVM's"
 
 
 def test_without_intels_openmp_nothing_is_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:

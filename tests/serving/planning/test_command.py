@@ -17,7 +17,7 @@ from laguna_serve.serving.machine import dtype as dtype_module
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.machine.rates import LIMITS, Rates
-from laguna_serve.serving.planning import launch
+from laguna_serve.serving.planning import launch, plan
 from laguna_serve.serving.planning.command import (
     build_command,
     build_environment,
@@ -237,6 +237,9 @@ def test_launch_and_plan_count_threads_by_the_target(target: Path, monkeypatch: 
     large = replace(inspect(config), target_bytes=1 << 30)
     monkeypatch.setattr(launch, "check_launch", lambda _config: large)
     assert launch.plan_launch(config).environment["OMP_NUM_THREADS"] == "2"
+    assert plan.make_plan(config, CPU).environment["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setattr(plan, "inspect", lambda _config, weights: large)
+    assert plan.make_plan(config, CPU).environment["OMP_NUM_THREADS"] == "2"
 
 
 def test_cpu_engine_keeps_more_of_onednns_products_unless_told_otherwise() -> None:
