@@ -83,6 +83,7 @@ def place_queries(last_positions: Ints, width: int, block_table: Ints, block_siz
         block_table: [batch, blocks]; a row behind its end lies in the last block.
     """
     positions = last_positions[:, None] + np.arange(1, width + 1)
-    blocks = np.minimum(positions // block_size, block_table.shape[1] - 1)
-    slots = np.take_along_axis(block_table, blocks, axis=1).astype(np.int64) * block_size + positions % block_size
+    blocks, within = np.divmod(positions, block_size)
+    rows, last_block = np.arange(len(positions))[:, None], block_table.shape[1] - 1
+    slots = block_table[rows, np.minimum(blocks, last_block)].astype(np.int64) * block_size + within
     return Queries(positions, slots)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from probes import run_probe
 
 from laguna_serve.plugins import cpu_linear
@@ -107,30 +108,33 @@ def test_context_of_a_drafter_is_multiplied_as_linear_layers_are(ours: bool, mon
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", cpu_linear.wrap_dispatch(stock) if ours else stock)
     states = torch.randn(5, 32).bfloat16()
     each, shared = make_projection(), make_projection()
-    dflash_cpu.keep_products(each, list(each._kv_weights))
-    dflash_cpu.keep_products(shared, [shared._fused_kv_weight])
-    used = [product.cpu_linear is cpu_linear.linear for product in (*each.context_products, *shared.context_products)]
-    assert used == [ours] * 3
+    folded = dflash_cpu.fold(each._kv_weights, each._input_layernorm_weights)
+    for model, weight in ((each, folded), (shared, shared._fused_kv_weight)):
+        dflash_cpu.keep_product(model, weight)
+    assert [model.context_product.cpu_linear is cpu_linear.linear for model in (each, shared)] == [ours] * 2
+    each._context_norm_weight = torch.ones(32).bfloat16()
+    each._fused_kv_bias = each._kv_biases.flatten()
+    shared._context_norm_weight = shared._hidden_norm_weight
 
     found = dflash_cpu.project_context_kv(each, states, 5, 2, 1, 8)
-    normed = dflash_cpu.grouped_rms_norm(states.unsqueeze(0), each._input_layernorm_weights, 1e-6)
-    kv = torch.bmm(normed, each._kv_weights.transpose(1, 2)) + each._kv_biases[:, None]
-    expected = kv.view(2, 5, 2, 1, 8).permute(2, 0, 1, 3, 4)
+    normed = F.rms_norm(states.float(), (32,), eps=1e-6) * each._input_layernorm_weights.float().unsqueeze(1)
+    kv = torch.bmm(normed, each._kv_weights.float().transpose(1, 2)) + each._kv_biases.float()[:, None]
+    expected = kv.bfloat16().view(2, 5, 2, 1, 8).permute(2, 0, 1, 3, 4)
     theirs = DFlashQwen3Model._project_context_kv(shared, states, 5, 2, 1, 8)
-    own = dflash_cpu.project_shared_kv(shared, states, 5, 2, 1, 8)
+    own = dflash_cpu.project_context_kv(shared, states, 5, 2, 1, 8)
     for one, other in (*zip(found, expected, strict=True), *zip(own, theirs, strict=True)):
         assert one.shape == other.shape == (2, 5, 1, 8)
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-def test_new_matrices_of_a_context_take_the_place_of_the_old() -> None:
+def test_a_new_matrix_of_a_context_takes_the_place_of_the_old() -> None:
     from laguna_serve.plugins.models import dflash_cpu
 
     model, rows = torch.nn.Module(), torch.randn(3, 32).bfloat16()
     for _ in range(2):
         weight = torch.randn(16, 32).bfloat16()
-        dflash_cpu.keep_products(model, [weight])
-        (product,) = model.context_products
+        dflash_cpu.keep_product(model, weight)
+        product = model.context_product
         torch.testing.assert_close(
             product.cpu_linear(rows, product.weight, None), rows @ weight.T, rtol=2e-2, atol=2e-2
         )

@@ -57,7 +57,7 @@ def test_a_place_depends_on_what_is_before_it_alone() -> None:
 @pytest.mark.vllm
 @torch.no_grad()
 @pytest.mark.parametrize("warmth", [None, [0.7, 1.0, 1.3], [0.7, 0.0, 1.3]], ids=["likeliest", "drawn", "one greedy"])
-def test_drafts_by_numpy_are_the_formulas(warmth: list[float] | None) -> None:
+def test_compiled_drafts_are_the_formulas(warmth: list[float] | None) -> None:
     from laguna_serve.plugins.drafting.head import draft_block
 
     torch.manual_seed(5)
