@@ -16,6 +16,7 @@ class LinearRow(Struct, frozen=True, kw_only=True):
         kernel_us, bfloat16_us, float32_us: median of a call of the kernel, and of torch's in either type.
         against_bfloat16, against_float32: how many times as fast as torch the kernel is: the median
             of rounds in which each had a turn, with its 95% interval.
+        vllm_us, against_vllm: the same of vLLM's linear layers without the kernel, whose matrices are arranged once.
         gb_s: weights that the kernel read; `read_share`: of what plain reading reached beside it.
         error: the largest difference to float32, relative to the largest output.
         refused: why there is no time; then the others are unset.
@@ -32,6 +33,9 @@ class LinearRow(Struct, frozen=True, kw_only=True):
     against_bfloat16_ci95: Interval | UnsetType = UNSET
     against_float32: float | UnsetType = UNSET
     against_float32_ci95: Interval | UnsetType = UNSET
+    vllm_us: float | UnsetType = UNSET
+    against_vllm: float | UnsetType = UNSET
+    against_vllm_ci95: Interval | UnsetType = UNSET
     gb_s: float | UnsetType = UNSET
     read_share: float | UnsetType = UNSET
     error: float | None = None

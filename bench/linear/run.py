@@ -1,8 +1,9 @@
-"""The bfloat16 linear op against torch's bfloat16 and float32 products, on the CPU.
+"""The bfloat16 linear op against torch's bfloat16 and float32 products, and vLLM's linear layers, on the CPU.
 
 Every call has a matrix of its own, so that the weights come from memory as in an engine, and the kernel, torch in both
-types and a plain read of as many bytes take turns.  A row whose result is wrong, or whose rows depend on their batch,
-gets no speed.  LAGUNA_CPU_ISA holds the kernel to a path, ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY torch.
+types, vLLM's own layers and a plain read of as many bytes take turns.  A row whose result is wrong, or whose rows
+depend on their batch, gets no speed.  LAGUNA_CPU_ISA holds the kernel to a path, ONEDNN_MAX_CPU_ISA and
+ATEN_CPU_CAPABILITY torch and vLLM.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from laguna_serve.serving.kit.tables import INTERRUPTED_RUN, Table
 from laguna_serve.serving.machine.rates import LIMITS
 
 __all__ = ["LinearConfig", "LinearResult", "main", "time_linear"]
-DESCRIPTION = "Time the bfloat16 linear op for CPUs without bf16 arithmetic against torch's products."
+DESCRIPTION = "Time the bfloat16 linear op for CPUs against torch's products and vLLM's."
 EXAMPLES = """
 examples:
   python bench/linear --out out/linear
@@ -45,8 +46,10 @@ HEADS = (
     "kernel µs",
     "bf16 µs",
     "fp32 µs",
+    "vLLM µs",
     "× bf16 (95%)",
     "× fp32 (95%)",
+    "× vLLM (95%)",
     "GB/s",
     "of read",
 )
@@ -67,6 +70,7 @@ class LinearConfig:
         int,
         Flag("as many as an engine has with one core left (default: 1)", metavar="N", at_least=1, at_most=MOST_THREADS),
     ] = 1
+    vllm: Annotated[bool, Flag("leave vLLM's layers out")] = True
     seconds: Annotated[float, Flag("for each row (default: 3)", metavar="S", at_least=0)] = 3.0
     out: Annotated[Path, Flag("folder for linear.json and linear.md", metavar="DIR")]
 
@@ -111,7 +115,7 @@ def time_linear(config: LinearConfig) -> LinearResult:
     rows: list[LinearRow] = []
     interrupted = False
     try:
-        for row in timing.list_rows(shapes, config.rows, config.seconds):
+        for row in timing.list_rows(shapes, config.rows, config.seconds, vllm=config.vllm):
             rows.append(row)
             progress.say(f"  {len(rows)}/{len(shapes) * len(config.rows)} {row.name}: {summarise(row)}")
     except KeyboardInterrupt:
@@ -141,7 +145,7 @@ def render_text(result: LinearResult) -> str:
         f"{result.environment.cpu}, {' '.join(result.environment.isa)}; threads: {result.threads}",
         *([f"held to fewer instructions by {held}"] if held else []),
         "",
-        Table("l" + "r" * 8, HEADS, [_list_cells(row) for row in result.rows]).to_text(),
+        Table("l" + "r" * 10, HEADS, [_list_cells(row) for row in result.rows]).to_text(),
     ]
     lines += [f"refused: {reason}" for reason in result.refused]
     return "\n".join([*lines, *([INTERRUPTED_RUN] if result.partial else [])])
@@ -158,10 +162,12 @@ def _list_cells(row: LinearRow) -> list[str]:
     cells = [f"{row.inputs} × {row.outputs}", str(row.rows)]
     if row.against_bfloat16_ci95 is UNSET or row.against_float32_ci95 is UNSET:
         return [*cells, "refused", *[""] * (len(HEADS) - 3)]
-    cells += [f"{us:.1f}" for us in (row.kernel_us, row.bfloat16_us, row.float32_us)]
-    for ratio, (low, high) in (
+    times = (row.kernel_us, row.bfloat16_us, row.float32_us, row.vllm_us)
+    cells += ["–" if us is UNSET else f"{us:.1f}" for us in times]
+    for ratio, interval in (
         (row.against_bfloat16, row.against_bfloat16_ci95),
         (row.against_float32, row.against_float32_ci95),
+        (row.against_vllm, row.against_vllm_ci95),
     ):
-        cells.append(f"{ratio:.2f} ({low:.2f}–{high:.2f})")
+        cells.append("–" if interval is UNSET else f"{ratio:.2f} ({interval[0]:.2f}–{interval[1]:.2f})")
     return [*cells, f"{row.gb_s:.1f}", f"{row.read_share:.0%}"]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -23,7 +24,7 @@ SPREAD_BYTES = 256 << 20
 FEWEST_CALLS = 10
 # Of the largest output: one rounding to bfloat16, and float32 sums of another order.
 MOST_ERROR = 2**-7
-KERNEL, BFLOAT16, FLOAT32, READ = "kernel", "bfloat16", "float32", "read"
+KERNEL, BFLOAT16, FLOAT32, VLLM, READ = "kernel", "bfloat16", "float32", "vLLM", "read"
 Arm = Callable[[int], object]
 
 
@@ -39,13 +40,13 @@ def require_kernel(threads: int) -> None:
 
 
 def require_memory(shapes: tuple[tuple[int, int], ...], rows: int) -> None:
-    """Refuse what does not fit: a matrix as drawn, in both types and to read, and so many rows of input and output.
+    """Refuse what does not fit: a matrix as drawn, in both types, as vLLM arranges it and to read, and so many rows.
 
     Raises LinearBenchError.
     """
     free = psutil.virtual_memory().available
     for inputs, outputs in shapes:
-        needed = 12 * inputs * outputs + 2 * SPREAD_BYTES + rows * (10 * inputs + 18 * outputs)
+        needed = 14 * inputs * outputs + 2 * SPREAD_BYTES + rows * (10 * inputs + 18 * outputs)
         if needed > free:
             got = f"{inputs}x{outputs} with {rows} rows, which takes {needed / 2**30:,.1f} GiB"
             raise LinearBenchError(f"memory: expected at most {free / 2**30:,.1f} GiB, got {got}; choose smaller ones")
@@ -53,10 +54,14 @@ def require_memory(shapes: tuple[tuple[int, int], ...], rows: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """Weights [outputs, inputs] of one shape, in both types, and as many bytes that are only read."""
+    """Weights [outputs, inputs] of one shape, in both types, and as many bytes that are only read.
+
+    `layers`: vLLM's products with them; none where it is not asked.
+    """
 
     narrow: list[torch.Tensor]
     wide: list[torch.Tensor]
+    layers: list[Callable[[torch.Tensor], torch.Tensor]]
     bytes: int
     reader: Reader
 
@@ -82,20 +87,34 @@ class Reader:
         list(self._pool.map(lambda at: self._compare(at, at + part, part), starts))
 
 
-def list_rows(shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...], seconds: float) -> Iterator[LinearRow]:
-    """One row after the other; the matrices of one shape are in memory at a time."""
+def list_rows(
+    shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...], seconds: float, *, vllm: bool
+) -> Iterator[LinearRow]:
+    """One row after the other; the matrices of one shape are in memory at a time. `vllm`: with its own products."""
     for inputs, outputs in shapes:
-        matrices = make_matrices(inputs, outputs)
+        matrices = make_matrices(inputs, outputs, vllm=vllm)
         for count in rows:
             yield measure_row(matrices, LinearRow(inputs=inputs, outputs=outputs, rows=count), seconds)
 
 
-def make_matrices(inputs: int, outputs: int) -> Matrices:
+def make_matrices(inputs: int, outputs: int, *, vllm: bool) -> Matrices:
     """Random ones, as many as it takes that they come from memory."""
     size = 2 * inputs * outputs
     torch.manual_seed(0)
     narrow = [torch.randn(outputs, inputs).bfloat16() for _ in range(max(1, SPREAD_BYTES // 3 // size))]
-    return Matrices(narrow, [weight.float() for weight in narrow], size, Reader(size, torch.get_num_threads()))
+    layers = [make_layer(weight) for weight in narrow] if vllm else []
+    return Matrices(narrow, [weight.float() for weight in narrow], layers, size, Reader(size, torch.get_num_threads()))
+
+
+def make_layer(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make the product of a linear layer of vLLM's, as it has it without the kernel."""
+    from vllm.model_executor.layers import utils
+
+    layer: Any = torch.nn.Module()
+    layer.weight = weight
+    dispatch = utils.dispatch_cpu_unquantized_gemm
+    getattr(dispatch, "__wrapped__", dispatch)(layer, remove_weight=False)
+    return lambda x: layer.cpu_linear(x, weight, None)
 
 
 def measure_row(matrices: Matrices, blank: LinearRow, seconds: float) -> LinearRow:
@@ -111,6 +130,8 @@ def measure_row(matrices: Matrices, blank: LinearRow, seconds: float) -> LinearR
         FLOAT32: lambda index: product(wide, matrices.wide[index % len(matrices.wide)]),
         READ: lambda index: matrices.reader.read(index, matrices.bytes),
     }
+    if matrices.layers:
+        arms[VLLM] = lambda index: matrices.layers[index % len(matrices.layers)](x)
     return describe(structs.replace(blank, error=error), time_arms(arms, seconds), matrices.bytes)
 
 
@@ -146,7 +167,12 @@ def time_arms(arms: dict[str, Arm], seconds: float) -> dict[str, list[float]]:
 def describe(row: LinearRow, times: dict[str, list[float]], size: int) -> LinearRow:
     """Describe the row with its times, and how many times as fast as torch the kernel is."""
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    speedups = {name: estimate_median(times[name], times[KERNEL]) for name in (BFLOAT16, FLOAT32)}
+    speedups = {
+        name: estimate_median(times[name], times[KERNEL]) for name in (BFLOAT16, FLOAT32, VLLM) if name in times
+    }
+    if VLLM in times:
+        ratio, interval = speedups[VLLM]
+        row = structs.replace(row, vllm_us=median[VLLM] * 1e6, against_vllm=ratio, against_vllm_ci95=interval)
     return structs.replace(
         row,
         calls=len(times[KERNEL]),

@@ -1,4 +1,4 @@
-"""Linear layers in bfloat16 on CPUs that have no bfloat16 arithmetic."""
+"""Linear layers in bfloat16 on CPUs that have no bfloat16 arithmetic, or none that is fast."""
 
 from laguna_serve.kernels.isa import IsaError, choose_path, multiplies_bf16
 from laguna_serve.kernels.linear.build import load_library

@@ -1,6 +1,6 @@
 """The op on a CPU: the library of native/, and which of its paths runs.
 
-The best path that the processor has is taken, or the one that LAGUNA_CPU_ISA names.  Once loaded, the library
+The best path for the processor is taken, or the one that LAGUNA_CPU_ISA names.  Once loaded, the library
 answers for CPU tensors without Python in between.  Without a compiler plain torch does the work, several times slower;
 a warning says so once.
 """
@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from laguna_serve.kernels.isa import VARIABLE, has_slow_bf16, read_flags
 from laguna_serve.kernels.sentinel_moe.build import build, find_prebuilt
 from laguna_serve.kernels.sentinel_moe.reference import dequantise
 from laguna_serve.kernels.toolchain import BuildError
 
 logger = logging.getLogger(__name__)
-
-VARIABLE = "LAGUNA_CPU_ISA"
 
 
 class PathError(ValueError):
@@ -62,6 +61,11 @@ class Kernels:
             raise PathError(f"{VARIABLE}: expected one of {able} on this processor, got {name}{needs}; unset it")
         return taken.decode()
 
+    def choose_path(self) -> str | None:
+        """Choose the path: LAGUNA_CPU_ISA's, or the one without bf16 arithmetic where that is slow; None: the best."""
+        plain = any(path.name == "avx512" and path.supported for path in self.paths)
+        return os.environ.get(VARIABLE) or ("avx512" if plain and has_slow_bf16(read_flags()) else None)
+
 
 @functools.cache
 def load() -> Kernels | None:
@@ -79,7 +83,7 @@ def load() -> Kernels | None:
         logger.warning("sentinel_moe on a CPU: using plain torch, several times slower: %s", error)
         return None
     kernels = Kernels(ctypes.CDLL(str(library)))
-    kernels.use_path(os.environ.get(VARIABLE) or None)
+    kernels.use_path(kernels.choose_path())
     return kernels
 
 
@@ -105,7 +109,7 @@ def describe() -> str:
     kernels = load()
     if kernels is None:
         return "plain torch, several times slower: no C++ compiler made the kernels"
-    return kernels.use_path(os.environ.get(VARIABLE) or None)
+    return kernels.use_path(kernels.choose_path())
 
 
 def run_torch(

@@ -35,7 +35,7 @@ def choose_dtype(asked: str, stored: str, weight_bytes: int, device: Device) -> 
     rates = find_rates()
     if rates is None or not rates.prefers_float32:
         return DtypeChoice(asked)
-    faster = f"no bfloat16 in this processor, which multiplies float32 {rates.gain:.1f} times as fast"
+    faster = f"no fast bfloat16 in this processor, which multiplies float32 {rates.gain:.1f} times as fast"
     wide = weight_bytes if stored == FP32 else 2 * weight_bytes
     if wide > MOST_OF_MEMORY * device.total_bytes:
         size = f"{show_size(wide)} of {show_size(device.total_bytes)}"

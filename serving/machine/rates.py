@@ -135,8 +135,8 @@ def describe_rates(rates: Rates, *, bf16: bool) -> str:
         by = f"bfloat16 by laguna_serve::linear ({rates.path})"
         return f"{by}, {rates.kernel_gain:.1f} times as fast as torch's, {1 / rates.gain:.1f} times as float32"
     if rates.prefers_float32:
-        return f"no bfloat16 in this processor: float32 is {rates.gain:.1f} times as fast"
-    return f"no bfloat16 in this processor; float32 is {rates.gain:.1f} times as fast"
+        return f"no fast bfloat16 in this processor: float32 is {rates.gain:.1f} times as fast"
+    return f"no fast bfloat16 in this processor; float32 is {rates.gain:.1f} times as fast"
 
 
 def list_rates(rates: Rates) -> str:

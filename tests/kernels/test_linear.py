@@ -189,12 +189,27 @@ def test_bad_arguments(change: dict[str, torch.Tensor], error: type[Exception], 
         (ZEN4, {"LAGUNA_CPU_ISA": "amx"}, True, "avx512"),
         (ZEN4, {"LAGUNA_CPU_ISA": ""}, True, "avx512"),
         (HASWELL | {"avx512f", "amx_bf16"}, {}, True, "avx2"),
+        (ZEN4 | {"GenuineIntel"}, {}, False, "avx512"),
+        (ZEN4 | {"GenuineIntel"}, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512"),
+        (ZEN4 | {"GenuineIntel", "amx_bf16"}, {}, True, "avx512"),
+        (ZEN4 | {"AuthenticAMD"}, {}, True, "avx512"),
+        (SKYLAKE | {"GenuineIntel"}, {}, False, "avx512"),
         (HASWELL, {"ATEN_CPU_CAPABILITY": "default"}, False, "avx2"),
     ],
 )
 def test_choice(flags: set[str], environ: dict[str, str], bf16: bool, path: str) -> None:
     assert multiplies_bf16(flags, environ) is bf16
     assert choose_path(flags, environ) == path
+
+
+def test_instructions_and_vendor_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    processor = "vendor_id\t: GenuineIntel\nmodel name\t: Xeon\nflags\t\t: fma avx512_bf16\n\n"
+    file.write_text(processor * 2, encoding="utf-8")
+    assert isa.read_flags(file) == {"GenuineIntel", "fma", "avx512_bf16"}
+    file.write_text("processor\t: 0\nFeatures\t: asimd bf16\n", encoding="utf-8")
+    assert isa.read_flags(file) == {"asimd", "bf16"}
+    assert isa.read_flags(tmp_path / "absent") == frozenset()
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,30 @@ def test_path_that_cannot_run_is_refused(name: str, needs: str) -> None:
     assert kernels.use_path(None) == before
 
 
+@pytest.mark.parametrize(
+    ("flags", "asked", "path"),
+    [
+        ({"GenuineIntel", "avx512_bf16"}, None, "avx512"),
+        ({"GenuineIntel", "avx512_bf16"}, "avx512bf16", "avx512bf16"),
+        ({"GenuineIntel", "avx512_bf16", "amx_bf16"}, None, None),
+        ({"AuthenticAMD", "avx512_bf16"}, None, None),
+    ],
+)
+def test_bf16_arithmetic_that_is_slow_is_left_out(
+    flags: set[str], asked: str | None, path: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = cpu.load()
+    assert kernels is not None
+    monkeypatch.setattr(cpu, "read_flags", lambda: flags)
+    monkeypatch.setattr(kernels, "paths", [cpu.CpuPath(name, "", True) for name in ("avx512bf16", "avx512", "avx2")])
+    monkeypatch.delenv("LAGUNA_CPU_ISA", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("LAGUNA_CPU_ISA", asked)
+    assert kernels.choose_path() == path
+    monkeypatch.setattr(kernels, "paths", [cpu.CpuPath("avx2", "", True)])
+    assert kernels.choose_path() == asked
+
+
 @pytest.mark.slow
 def test_without_a_compiler_torch_does_the_work() -> None:
     source = """

@@ -163,21 +163,21 @@ inline void tile_step(const float* const* x, const words* pairs, int64_t k, vec*
     for (int m = 0; m < M; ++m) odds[m] = *reinterpret_cast<const vec*>(x[m] + k + LANES);
     for (int r = 0; r < WIDTH; ++r) {
       const vec low = even(pairs[r]), high = odd(pairs[r]);
-      for (int m = 0; m < M; ++m) sums[r * M + m] = multiply_add(high, odds[m], multiply_add(low, evens[m], sums[r * M + m]));
+      for (int m = 0; m < M; ++m) sums[m * WIDTH + r] = multiply_add(high, odds[m], multiply_add(low, evens[m], sums[m * WIDTH + r]));
     }
   } else {
     vec low[WIDTH], high[WIDTH];
     for (int r = 0; r < WIDTH; ++r) low[r] = even(pairs[r]), high[r] = odd(pairs[r]);
     for (int m = 0; m < M; ++m) {
       const vec evens = *reinterpret_cast<const vec*>(x[m] + k);
-      for (int r = 0; r < WIDTH; ++r) sums[r * M + m] = multiply_add(low[r], evens, sums[r * M + m]);
+      for (int r = 0; r < WIDTH; ++r) sums[m * WIDTH + r] = multiply_add(low[r], evens, sums[m * WIDTH + r]);
       const vec odds = *reinterpret_cast<const vec*>(x[m] + k + LANES);
-      for (int r = 0; r < WIDTH; ++r) sums[r * M + m] = multiply_add(high[r], odds, sums[r * M + m]);
+      for (int r = 0; r < WIDTH; ++r) sums[m * WIDTH + r] = multiply_add(high[r], odds, sums[m * WIDTH + r]);
     }
   }
 }
 
-// M rows of x by WIDTH rows of w.  out [WIDTH][M].  `ahead` elements further on is what a later tile reads, asked for now.
+// M rows of x by WIDTH rows of w.  out [M][GROUP], of which WIDTH are written.  `ahead` elements further on is what a later tile reads, asked for now.
 template <int M, int WIDTH>
 inline void run_tile(const float* const* x, const uint16_t* w, int64_t w_stride, int64_t K, int64_t ahead, float* out) {
   vec sums[WIDTH * M] = {};
@@ -192,7 +192,11 @@ inline void run_tile(const float* const* x, const uint16_t* w, int64_t w_stride,
     for (int r = 0; r < WIDTH; ++r) pairs[r] = load_tail(w + r * w_stride + k, K - k);
     tile_step<M, WIDTH>(x, pairs, k, sums);
   }
-  add_lanes<WIDTH * M>(sums, out);
+  float added[WIDTH * M];
+  add_lanes<WIDTH * M>(sums, added);
+  for (int m = 0; m < M; ++m) {
+    for (int r = 0; r < WIDTH; ++r) out[m * GROUP + r] = added[m * WIDTH + r];
+  }
 }
 
 // M rows of x by the rows of w from `first` to `last`; y: the first of the M rows.  `next`: so many rows further on is
@@ -203,19 +207,20 @@ void run_rows(const Problem& p, const float* wide, int64_t first, int64_t last, 
   const int64_t ahead = next > 0 ? next * p.w_stride : std::max(WIDTH * p.w_stride, FETCH_AHEAD);
   const float* x[M];
   for (int m = 0; m < M; ++m) x[m] = wide + m * p.padded();
-  float out[GROUP * M];
+  float out[M * GROUP];
   for (int64_t n = first; n < last; n += GROUP) {
     const int64_t count = std::min(GROUP, last - n);
     const uint16_t* w = p.w + n * p.w_stride;
     int64_t r = 0;
-    for (; r + WIDTH <= count; r += WIDTH) run_tile<M, WIDTH>(x, w + r * p.w_stride, p.w_stride, p.K, ahead, out + r * M);
-    for (; r < count; ++r) run_tile<M, 1>(x, w + r * p.w_stride, p.w_stride, p.K, ahead, out + r * M);
+    for (; r + WIDTH <= count; r += WIDTH) run_tile<M, WIDTH>(x, w + r * p.w_stride, p.w_stride, p.K, ahead, out + r);
+    for (; r < count; ++r) run_tile<M, 1>(x, w + r * p.w_stride, p.w_stride, p.K, ahead, out + r);
     for (int m = 0; m < M; ++m) {
       uint16_t* row = y + m * p.N + n;
+      const float* sums = out + m * GROUP;
       if (p.bias != nullptr) {
-        for (r = 0; r < count; ++r) row[r] = narrow(out[r * M + m] + widen(p.bias[n + r]));
+        for (r = 0; r < count; ++r) row[r] = narrow(sums[r] + widen(p.bias[n + r]));
       } else {
-        for (r = 0; r < count; ++r) row[r] = narrow(out[r * M + m]);
+        for (r = 0; r < count; ++r) row[r] = narrow(sums[r]);
       }
     }
   }

@@ -27,7 +27,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def call(tmp_path: Path, *flags: str) -> int:
     small = ["--shapes", "32x16,8x40", "--rows", "1,5", "--seconds", "0"]
-    return command.main([*small, "--out", str(tmp_path / "out"), *flags])
+    return command.main([*small, "--no-vllm", "--out", str(tmp_path / "out"), *flags])
 
 
 def test_run_writes_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +41,16 @@ def test_run_writes_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture
         assert row.against_float32_ci95[0] <= row.against_float32 <= row.against_float32_ci95[1]  # type: ignore[index, operator]
         assert row.gb_s == pytest.approx(2 * row.inputs * row.outputs / row.kernel_us / 1e3)  # type: ignore[operator]
     assert "× fp32 (95%)" in (tmp_path / "out" / "linear.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.vllm
+def test_vllms_layers_take_turns_where_they_are_asked(tmp_path: Path) -> None:
+    flags = ["--shapes", "32x64", "--rows", "3", "--seconds", "0", "--out", str(tmp_path / "out")]
+    assert command.main(flags) == 0
+    (row,) = read_result(tmp_path / "out" / "linear.json", LinearResult).rows
+    assert row.vllm_us > 0  # type: ignore[operator]
+    assert row.against_vllm_ci95[0] <= row.against_vllm <= row.against_vllm_ci95[1]  # type: ignore[index, operator]
+    assert "| – |" not in (tmp_path / "out" / "linear.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,8 @@ def test_rates_are_had_without_a_cache(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("float32", "kernel", "bf16", "says"),
     [
-        (0.5, None, False, "no bfloat16 in this processor: float32 is 2.0 times as fast"),
-        (2.0, None, False, "no bfloat16 in this processor; float32 is 0.5 times as fast"),
+        (0.5, None, False, "no fast bfloat16 in this processor: float32 is 2.0 times as fast"),
+        (2.0, None, False, "no fast bfloat16 in this processor; float32 is 0.5 times as fast"),
         (0.5, 0.25, False, "by laguna_serve::linear (avx2), 4.0 times as fast as torch's, 2.0 times as float32"),
         (0.5, 0.8, False, "float32 is 1.6 times as fast"),
         (2.0, None, True, "in the processor's own arithmetic, 2.0 times as fast as float32"),
