@@ -2,14 +2,17 @@
 // so that no Python runs between a compiled graph and the product.  The product itself, compiled for one instruction
 // set, comes as a pointer (linear_use), without which the op is refused.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <new>
 #include <optional>
 #include <stdexcept>
+#include <vector>
 
 namespace {
 
@@ -26,6 +29,15 @@ void require(bool good) {
   if (!good) throw std::invalid_argument("linear: expected tensors as its documentation has them, got others; see linear's arguments");
 }
 
+// A tensor like x of other sizes, without the dispatcher, which takes a small product's time.
+Tensor make_empty(const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t dim = shape.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * std::max<int64_t>(shape[dim], 1);
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   require(is_bf16(x) && is_bf16(weight) && x.dim() >= 1 && weight.dim() == 2);
   const int64_t dims = x.dim(), N = weight.size(0), K = weight.size(1);
@@ -39,7 +51,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   shape.back() = N;
   int64_t M = 1;
   for (int64_t dim = 0; dim + 1 < dims; ++dim) M *= shape[dim];
-  const Tensor out = torch::stable::new_empty(x, shape);
+  const Tensor out = make_empty(shape);
   const void* added = bias.has_value() ? bias->const_data_ptr() : nullptr;
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   const int64_t x_stride = dims == 2 && rows_apart ? rows.stride(0) : K;
