@@ -69,12 +69,14 @@ def register() -> None:
         from laguna_serve.plugins.processes.core import fork_core
         from laguna_serve.plugins.processes.groups import share_devices
         from laguna_serve.plugins.processes.inspection import inspect_here
+        from laguna_serve.plugins.processes.stack import give_room
 
         if multiprocessing.parent_process() is None and ADAPTIVE_WORKER in sys.argv:
             from laguna_serve.plugins.adaptive.counters import publish_counters
 
             publish_counters()
         fork_core()
+        give_room()
         inspect_here()
         share_devices()
         repair_runner()

@@ -56,6 +56,7 @@ def build_context_buffers(self: Any) -> None:
         self._context_norm_weight = torch.ones_like(self._input_layernorm_weights[0])
         self._fused_kv_bias = None if self._kv_biases is None else self._kv_biases.flatten()
         keep_product(self, fold(self._kv_weights, self._input_layernorm_weights))
+        del self._kv_weights  # vLLM's copy of the layers' matrices, which nothing reads any more
     else:
         self._context_norm_weight = self._hidden_norm_weight
         if self._fused_kv_weight is not None:

@@ -18,6 +18,8 @@ import os
 import signal
 from typing import Any
 
+from laguna_serve.plugins.processes.stack import give_room
+
 logger = logging.getLogger(__name__)
 
 # More numbers than torch adds up in one thread (32,768).
@@ -42,6 +44,7 @@ def fork_core() -> None:
 
 
 def _choose_context(stock: Any) -> Any:
+    give_room()
     return multiprocessing.get_context("fork") if can_fork() else stock()
 
 

@@ -35,6 +35,54 @@ def test_core_is_forked_only_before_threads_of_openmp(threads: str, answer: str)
     assert done.stdout.splitlines()[-1] == answer
 
 
+DEPTHS = """
+import resource
+from laguna_serve.plugins.processes.stack import call_with_room
+
+def leaf(a, b, c, d):
+    return a
+
+def count_faults(depth):
+    if depth:
+        return count_faults(depth - 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(200):
+        leaf(1, 2, 3, 4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def find_slow(call):
+    return [depth for depth in range(400) if call(count_faults, depth) > 100]
+
+print(bool(find_slow(lambda function, depth: function(depth))), find_slow(call_with_room))
+"""
+
+
+def test_no_call_maps_memory_with_room() -> None:
+    """When the first one is False, CPython keeps its chunks: retire plugins/processes/stack.py."""
+    done = run_warm(DEPTHS, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True []"
+
+
+LOOPS = """
+from laguna_serve.plugins.register import register
+from laguna_serve.plugins.processes.stack import LOOPS, give_room
+register()
+from vllm.v1.engine import core, utils
+utils.get_mp_context()
+loops = [getattr(core, name).run_busy_loop for name in LOOPS]
+give_room()
+print([loop.has_room for loop in loops])
+print(loops == [getattr(core, name).run_busy_loop for name in LOOPS])
+"""
+
+
+def test_engine_cores_run_with_room() -> None:
+    done = run_warm(LOOPS, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["[True, True]", "True"]
+
+
 CLASSES = """
 import os, sys
 from laguna_serve.plugins.register import register

@@ -61,6 +61,7 @@ class Environment:
         (processes / "core.py").write_text("def fork_core(): pass\n", encoding="utf-8")
         (processes / "groups.py").write_text("def share_devices(): pass\n", encoding="utf-8")
         (processes / "inspection.py").write_text("def inspect_here(): pass\n", encoding="utf-8")
+        (processes / "stack.py").write_text("def give_room(): pass\n", encoding="utf-8")
         for path in {*ARCHITECTURES.values(), *CPU_ARCHITECTURES.values()}:
             module, _, name = path.partition(":")
             file = self.site / f"{module.replace('.', '/')}.py"
