@@ -56,10 +56,12 @@ def list_chat_checks() -> Checks:
         return expect_text(create(**usual).choices[0].message.content)
 
     def streamed() -> str:
-        whole = create(**usual).choices[0].message.content
+        whole = create(**usual)
         chunks = list(create(**usual, stream=True, stream_options={"include_usage": True}))
-        expect_pieces(whole, read_deltas(chunks))
-        expect(chunks[-1].usage.completion_tokens == FEW, f"usage of {FEW} tokens, got {chunks[-1].usage}")
+        expect_pieces(whole.choices[0].message.content, read_deltas(chunks))
+        # Of answers that end by themselves, too, which depends on how a processor rounds.
+        wanted, said = whole.usage.completion_tokens, chunks[-1].usage
+        expect(0 < said.completion_tokens == wanted <= FEW, f"usage of {wanted} tokens, got {said}")
         return f"{len(chunks)} events"
 
     def tool_call() -> str:
