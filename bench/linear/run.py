@@ -107,6 +107,8 @@ def time_linear(config: LinearConfig) -> LinearResult:
     from laguna_serve.bench.linear import timing  # imports torch, which takes a second
 
     timing.require_kernel(config.threads)
+    if config.vllm:
+        timing.require_vllm()
     shapes = tuple((int(shape.partition("x")[0]), int(shape.partition("x")[2])) for shape in config.shapes)
     timing.require_memory(shapes, max(config.rows))
     path, torch_isa = timing.find_paths()
@@ -141,7 +143,7 @@ def render_text(result: LinearResult) -> str:
     """Render what was timed where, and a row for each setting."""
     held = ", ".join(f"{name}={value}" for name, value in result.limits.items())
     lines = [
-        f"linear: bfloat16 by the kernel ({result.path}), by torch ({result.torch_isa}), and torch's float32",
+        f"linear: bfloat16 by the kernel ({result.path}) and torch ({result.torch_isa}), torch's float32, vLLM's layers",
         f"{result.environment.cpu}, {' '.join(result.environment.isa)}; threads: {result.threads}",
         *([f"held to fewer instructions by {held}"] if held else []),
         "",

@@ -39,6 +39,14 @@ def require_kernel(threads: int) -> None:
         raise LinearBenchError("kernels/linear: expected it to build, it did not (see above); install g++")
 
 
+def require_vllm() -> None:
+    """Raise LinearBenchError where vLLM's layers cannot be asked."""
+    try:
+        import vllm.model_executor.layers.utils  # noqa: F401
+    except ImportError as error:
+        raise LinearBenchError(f"vLLM: expected it here, got {error}; pass --no-vllm to leave its layers out") from None
+
+
 def require_memory(shapes: tuple[tuple[int, int], ...], rows: int) -> None:
     """Refuse what does not fit: a matrix as drawn, in both types, as vLLM arranges it and to read, and so many rows.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def test_no_compiler_is_said(
     monkeypatch.setattr(timing, "load_library", lambda: None)
     assert call(tmp_path) == 2
     assert "expected it to build" in capsys.readouterr().err
+
+
+def test_no_vllm_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.utils", None)
+    assert command.main(["--shapes", "32x16", "--seconds", "0", "--out", str(tmp_path / "out")]) == 2
+    assert "pass --no-vllm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", ["160", "0x4", "4x", "4X4"])
