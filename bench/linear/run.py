@@ -143,7 +143,7 @@ def render_text(result: LinearResult) -> str:
     """Render what was timed where, and a row for each setting."""
     held = ", ".join(f"{name}={value}" for name, value in result.limits.items())
     lines = [
-        f"linear: bfloat16 by the kernel ({result.path}) and torch ({result.torch_isa}), torch's float32, vLLM's layers",
+        f"linear: bfloat16 by the kernel ({result.path}), torch ({result.torch_isa}), its float32, vLLM's layers",
         f"{result.environment.cpu}, {' '.join(result.environment.isa)}; threads: {result.threads}",
         *([f"held to fewer instructions by {held}"] if held else []),
         "",
