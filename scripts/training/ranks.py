@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# Its functions' default is the group that is open when it is imported, which would never end: before any is opened.
+import torch.distributed.nn.functional
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
 # While one of them writes or computes for all, the others wait.
 PATIENCE = timedelta(days=7)
+_meshes: list[DeviceMesh] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,11 @@ ALONE = Ranks()
 
 @contextmanager
 def open_ranks() -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started (WORLD_SIZE, RANK): nccl on CUDA devices, gloo elsewhere."""
+    """Join the processes that `torchrun` started (WORLD_SIZE, RANK): nccl on CUDA devices, gloo elsewhere.
+
+    gloo's threads end with the group, and the group with its last reference: nothing that was shared out among the
+    processes may outlive the block. A thread that still holds a tensor when the interpreter ends aborts the process.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
@@ -70,4 +80,13 @@ def open_ranks() -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
+        gc.collect()  # models are cycles, and hold the group
+        while _meshes:  # DTensor's caches keep meshes for good; checked against torch 2.13
+            _meshes.pop()._pg_registry.clear()
         dist.destroy_process_group()
+
+
+def make_mesh(device: torch.device) -> DeviceMesh:
+    """Lay all processes out in a row, each with a device of this type; not to be used after `open_ranks` ends."""
+    _meshes.append(init_device_mesh(device.type, (dist.get_world_size(),)))
+    return _meshes[-1]

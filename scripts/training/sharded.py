@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,12 +19,11 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from laguna_serve.scripts.training.optimiser import Optimiser, State
-from laguna_serve.scripts.training.ranks import Ranks
+from laguna_serve.scripts.training.ranks import Ranks, make_mesh
 
 # The first process has everything, in the machine's memory; the others have nothing.
 ON_THE_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -37,7 +35,7 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], computed_in: torch.dty
 
     One that lies in the machine's memory moves a layer at a time: no device has it whole.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = make_mesh(device)
     policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -53,7 +53,7 @@ def make(name):
 def read(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return 1024 * int(line.split()[1])
-with open_ranks() as ranks:
+def measure(ranks):
     fit(make("small"), "small.state", ranks)
     waiting = make("model") if recipe.fsdp else None
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
@@ -61,6 +61,8 @@ with open_ranks() as ranks:
     fit(waiting or make("model"), "model.state", ranks)
     if ranks.rank == ranks.size - 1:
         print(read("VmHWM:") - before)
+with open_ranks() as ranks:
+    measure(ranks)
 """
 
 
