@@ -14,9 +14,14 @@ CPUINFO = Path("/proc/cpuinfo")
 # Holds this project's own kernels to a path; anything but these also says that bf16 arithmetic is not to be used.
 VARIABLE = "LAGUNA_CPU_ISA"
 BF16 = ("avx512bf16", "amx", "neonbf16")
-# Best first, with the instructions (as /proc/cpuinfo calls them) that each needs.
+# `vllm`: linear layers are multiplied by what vLLM has for them.
+LINEAR_VARIABLE = "LAGUNA_CPU_LINEAR"
+VLLM = "vllm"
+AVX512 = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"))
+# Of kernels/linear, best first, with the instructions (as /proc/cpuinfo calls them) that each needs.
 PATHS: dict[str, frozenset[str]] = {
-    "avx512": frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma")),
+    BF16[0]: AVX512 | {"avx512_bf16"},
+    "avx512": AVX512,
     "avx2": frozenset(("avx2", "fma")),
     "neon": frozenset(("asimd",)),
     "portable": frozenset(),
@@ -31,7 +36,7 @@ WITHOUT_BF16 = WITHOUT_AVX512 | {"AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
 class IsaError(ValueError):
-    """A path that there is not, or that the processor does not run; one line."""
+    """A path that there is not, or that the processor does not run, or a variable's wrong value; one line."""
 
 
 def read_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
@@ -67,21 +72,40 @@ def multiplies_bf16(flags: Collection[str] | None = None, environ: Mapping[str, 
 
 
 def choose_path(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> str:
-    """Choose the best path for the processor, or the one that LAGUNA_CPU_ISA names.
+    """Choose the best path of kernels/linear for the processor, or the one that LAGUNA_CPU_ISA names.
 
     Raises:
         IsaError: it names none, or one whose instructions the processor lacks.
     """
     present = set(read_flags() if flags is None else flags)
-    wanted = environ.get(VARIABLE)
-    if wanted and wanted not in BF16:
-        if wanted not in PATHS:
-            raise IsaError(f"{VARIABLE}: expected {', '.join((*BF16, *PATHS))}, got {wanted!r}; correct or unset it")
+    wanted, known = environ.get(VARIABLE), dict.fromkeys((*BF16, *PATHS))
+    if wanted and wanted not in known:
+        raise IsaError(f"{VARIABLE}: expected {', '.join(known)}, got {wanted!r}; correct or unset it")
+    if wanted in PATHS:
         if missing := sorted(PATHS[wanted] - present):
             raise IsaError(f"{VARIABLE}={wanted}: expected a processor with {', '.join(missing)}; unset it")
         return wanted
-    barred = {"avx512"} if _limits(environ) & WITHOUT_AVX512 else set()
+    limits = _limits(environ)
+    barred = set(BF16) if limits & WITHOUT_BF16 or has_slow_bf16(present) else set()
+    barred |= {"avx512"} if limits & WITHOUT_AVX512 else set()
     return next(path for path, needed in PATHS.items() if needed <= present and path not in barred)
+
+
+def uses_linear_op(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether linear layers in bfloat16 run in kernels/linear, and not in what vLLM has for them.
+
+    That is the better one where instructions multiply whole matrices (AMX, ARM's bf16), or LAGUNA_CPU_LINEAR=vllm.
+
+    Raises:
+        IsaError: a variable has a value that it cannot have.
+    """
+    if (wanted := environ.get(LINEAR_VARIABLE, "")).lower() not in ("", VLLM):
+        raise IsaError(f"{LINEAR_VARIABLE}: expected {VLLM} or nothing, got {wanted!r}; correct or unset it")
+    present = read_flags() if flags is None else flags
+    own = not multiplies_bf16(present, environ) or (
+        "amx_bf16" not in present and choose_path(present, environ) == BF16[0]
+    )
+    return own and not wanted
 
 
 def _limits(environ: Mapping[str, str]) -> set[str]:

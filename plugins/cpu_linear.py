@@ -1,11 +1,12 @@
-"""Linear layers in bfloat16 on CPUs without fast bfloat16 arithmetic.
+"""Linear layers in bfloat16 on CPUs without instructions that multiply whole matrices.
 
-Without any (x86 with AVX2 or plain AVX-512, ARM without bf16) oneDNN refuses bf16 products (AVX2), and vLLM falls back
-to torch's, eight rows in about the time of eight times one row; or it emulates them (AVX-512), eight rows in the time
-of three or four.  Intel's without AMX multiply bf16 at half the rate of float32 (kernels/isa.py).  Verifying drafts has
-little advantage there, and an output's bits depend on the number of rows.  `kernels/linear` reads each weight once for
-all rows, and sums every output alike.  vLLM's linear layers and its output layer ask one function how to multiply on a
-CPU, and this wraps it: layers with other dtypes, and all layers of other processors, are left to vLLM.
+Without bf16 arithmetic (x86 with AVX2 or plain AVX-512, ARM without bf16) oneDNN refuses bf16 products (AVX2), and vLLM
+falls back to torch's, eight rows in about the time of eight times one row; or it emulates them (AVX-512), eight rows in
+the time of three or four.  Intel's without AMX multiply bf16 at half the rate of float32 (kernels/isa.py).  AMD's have
+it at full rate, but with few rows oneDNN reads memory at half of its bandwidth.  Everywhere an output's bits depend on
+the number of rows.  `kernels/linear` reads each weight once for all rows, and sums every output alike.  vLLM's linear
+layers and its output layer ask one function how to multiply on a CPU, and this wraps it: layers with other dtypes, and
+all layers of other processors, are left to vLLM.
 
 Checked against vLLM 0.32.0.  It can go when `tests/plugins/test_cpu_linear.py::test_stock_falls_back_to_torch` fails.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
-from laguna_serve.kernels.linear import choose_path, linear, load_library, multiplies_bf16
+from laguna_serve.kernels.linear import choose_path, linear, load_library, uses_linear_op
 
 logger = init_logger("vllm.laguna_serve.cpu_linear")
 
@@ -27,11 +28,11 @@ Dispatch = Callable[..., None]
 
 
 def accelerate_linear() -> None:
-    """Have linear layers loaded from now on use the op, where it is needed and can be built; again changes nothing.
+    """Have linear layers loaded from now on use the op, where it is wanted and can be built; again changes nothing.
 
     The op is looked for when the first layer is loaded, in the process that computes.
     """
-    if multiplies_bf16():
+    if not uses_linear_op():
         return
     from vllm.model_executor.layers import utils
 
@@ -42,8 +43,8 @@ def accelerate_linear() -> None:
 
 @functools.cache
 def takes_over() -> bool:
-    """Whether bf16 products of this process belong to the op: it is needed and was built."""
-    return not multiplies_bf16() and load_library() is not None
+    """Whether bf16 products of this process belong to the op: it is wanted and was built."""
+    return uses_linear_op() and load_library() is not None
 
 
 def wrap_dispatch(stock: Dispatch) -> Dispatch:

@@ -1,6 +1,6 @@
-"""Linear layers in bfloat16 on CPUs that have no bfloat16 arithmetic, or none that is fast."""
+"""Linear layers in bfloat16 on CPUs without instructions that multiply whole matrices."""
 
-from laguna_serve.kernels.isa import IsaError, choose_path, multiplies_bf16
+from laguna_serve.kernels.isa import IsaError, choose_path, uses_linear_op
 from laguna_serve.kernels.linear.build import load_library
 from laguna_serve.kernels.linear.launch import linear, linear_reference
 
@@ -10,5 +10,5 @@ __all__ = [
     "linear",
     "linear_reference",
     "load_library",
-    "multiplies_bf16",
+    "uses_linear_op",
 ]

@@ -27,8 +27,10 @@ SOURCES = Path(__file__).with_name("native")
 SHARED = ("-std=c++17", "-fPIC", "-shared")
 FLAGS = ("-O3", *SHARED, "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi")
 OP_FLAGS = ("-O1", *SHARED, "-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma")
 PATH_FLAGS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
+    "avx512bf16": (*AVX512_FLAGS, "-mavx512bf16"),
+    "avx512": AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma"),
     "neon": (),
     "portable": ("-DPORTABLE",),
@@ -46,7 +48,7 @@ def load_library() -> Callable[..., int] | None:
     try:
         product = open_library(build(path))
     except (BuildError, OSError) as error:
-        logger.warning("linear layers in bfloat16: using torch's, several times slower here: %s", error)
+        logger.warning("linear layers in bfloat16: using vLLM's, slower here: %s", error)
         return None
     try:
         _register(product)

@@ -13,7 +13,7 @@ OK, NO_MEMORY = 0, 1
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x · weightᵀ + bias in bfloat16 on a CPU: weights widened in registers, products summed in fp32, rounded once.
+    """x · weightᵀ + bias in bfloat16 on a CPU: products summed in fp32, rounded once; nothing is packed beforehand.
 
     The weights are read from memory once for all rows of a batch.  A row's bits depend neither on the other rows nor
     on the number of threads.
@@ -29,7 +29,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Raises:
         TypeError: a dtype is not as above.
         ValueError: a shape or stride is not as above.
-        MemoryError: no room for 256 rows of x in fp32.
+        MemoryError: no room for a copy of 256 rows of x.
     """
     _check(x, weight, bias)
     out: torch.Tensor = torch.ops.laguna_serve.linear.default(x, weight, bias)
@@ -57,7 +57,7 @@ def run_with(
         threads,
     )  # fmt: skip
     if status == NO_MEMORY:
-        raise MemoryError(f"linear: expected room for {min(M, 256)} rows of {K} in fp32, got none; free some memory")
+        raise MemoryError(f"linear: expected room for {min(M, 256)} rows of {K}, got none; free some memory")
     assert status == OK
     return out if x.dim() == 2 else out.view(*x.shape[:-1], N)
 

@@ -14,7 +14,8 @@ import torch
 
 from laguna_serve import kernels, plugins
 from laguna_serve.kernels import linear, sentinel_moe
-from laguna_serve.kernels.linear import IsaError, choose_path, multiplies_bf16
+from laguna_serve.kernels.isa import multiplies_bf16
+from laguna_serve.kernels.linear import IsaError, choose_path, uses_linear_op
 from laguna_serve.kernels.toolchain import BuildError
 
 SOURCES = (".py", ".cpp", ".hpp", ".cu", ".json")
@@ -60,10 +61,12 @@ def _find_sentinel_path() -> str:
 
 
 def _find_linear_path() -> str:
-    if torch.version.cuda is not None or multiplies_bf16():
+    if torch.version.cuda is not None:
         return "not used"
     try:
-        return choose_path() if linear.load_library() is not None else "torch's: no C++ compiler made it"
+        if not uses_linear_op():
+            return "not used"
+        return choose_path() if linear.load_library() is not None else "vLLM's: no C++ compiler made it"
     except IsaError as error:
         return str(error)
 

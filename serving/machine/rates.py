@@ -2,8 +2,8 @@
 
 A processor without bf16 arithmetic (x86 with AVX2 or plain AVX-512) runs bf16 products in a fall-back of torch and
 oneDNN, where eight rows cost three to eight times one row, so that verifying drafts gains little; kernels/linear does
-not, if it can be built. Which of them wins is measured, in a process of its own, once per processor, torch and
-libraries' settings, and kept in the user's cache.
+not, and is faster elsewhere, too, if it can be built.  Which of them wins is measured, in a process of its own, once
+per processor, torch and libraries' settings, and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from laguna_serve.serving.machine.device import read_isa
 from laguna_serve.serving.machine.threads import THREADS, choose_threads
 
 # What an engine's arithmetic may be held by, and with it these rates.
-LIMITS = (*isa.LIMITS, isa.VARIABLE)
+LIMITS = (*isa.LIMITS, isa.VARIABLE, isa.LINEAR_VARIABLE)
 ROWS = (1, 8)
 # What the probe multiplies with: threads as for a model of that size.
 SMALL_BYTES = 1024 * 4096 * 2
@@ -42,7 +42,7 @@ arms = [("bfloat16", torch.bfloat16, linear), ("float32", torch.float32, linear)
 path = None
 try:
     from laguna_serve.kernels import linear as ours
-    if not ours.multiplies_bf16() and ours.load_library() is not None:
+    if ours.uses_linear_op() and ours.load_library() is not None:
         path = ours.choose_path()
         arms.append(("kernel", torch.bfloat16, ours.linear))
 except (ImportError, ValueError):
@@ -129,11 +129,11 @@ def measure_rates() -> Rates | None:
 
 def describe_rates(rates: Rates, *, bf16: bool) -> str:
     """Describe what engines multiply with here, as a part of a sentence. `bf16`: the processor has bf16 arithmetic."""
-    if bf16:
-        return f"bfloat16 in the processor's own arithmetic, {1 / rates.gain:.1f} times as fast as float32"
     if rates.kernel_gain is not None and not rates.prefers_float32:
         by = f"bfloat16 by laguna_serve::linear ({rates.path})"
         return f"{by}, {rates.kernel_gain:.1f} times as fast as torch's, {1 / rates.gain:.1f} times as float32"
+    if bf16:
+        return f"bfloat16 in the processor's own arithmetic, {1 / rates.gain:.1f} times as fast as float32"
     if rates.prefers_float32:
         return f"no fast bfloat16 in this processor: float32 is {rates.gain:.1f} times as fast"
     return f"no fast bfloat16 in this processor; float32 is {rates.gain:.1f} times as fast"

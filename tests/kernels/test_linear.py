@@ -11,7 +11,7 @@ import torch
 
 from laguna_serve.kernels import isa
 from laguna_serve.kernels import linear as package
-from laguna_serve.kernels.isa import IsaError, choose_path, multiplies_bf16
+from laguna_serve.kernels.isa import IsaError, choose_path, multiplies_bf16, uses_linear_op
 from laguna_serve.kernels.linear import build, launch, linear, linear_reference
 
 ZEN4 = {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
@@ -171,35 +171,40 @@ def test_bad_arguments(change: dict[str, torch.Tensor], error: type[Exception], 
 
 
 @pytest.mark.parametrize(
-    ("flags", "environ", "bf16", "path"),
+    ("flags", "environ", "bf16", "path", "op"),
     [
-        (ZEN4, {}, True, "avx512"),
-        (SKYLAKE, {}, False, "avx512"),
-        (HASWELL, {}, False, "avx2"),
-        ({"avx2"}, {}, False, "portable"),
-        ({"asimd"}, {}, False, "neon"),
-        ({"asimd", "bf16"}, {}, True, "neon"),
-        (set(), {}, False, "portable"),
-        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False, "avx2"),
-        (ZEN4, {"ATEN_CPU_CAPABILITY": "avx2"}, False, "avx2"),
-        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, False, "avx512"),
-        (ZEN4, {"LAGUNA_CPU_ISA": "avx2"}, False, "avx2"),
-        (ZEN4, {"LAGUNA_CPU_ISA": "portable"}, False, "portable"),
-        (ZEN4, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512"),
-        (ZEN4, {"LAGUNA_CPU_ISA": "amx"}, True, "avx512"),
-        (ZEN4, {"LAGUNA_CPU_ISA": ""}, True, "avx512"),
-        (HASWELL | {"avx512f", "amx_bf16"}, {}, True, "avx2"),
-        (ZEN4 | {"GenuineIntel"}, {}, False, "avx512"),
-        (ZEN4 | {"GenuineIntel"}, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512"),
-        (ZEN4 | {"GenuineIntel", "amx_bf16"}, {}, True, "avx512"),
-        (ZEN4 | {"AuthenticAMD"}, {}, True, "avx512"),
-        (SKYLAKE | {"GenuineIntel"}, {}, False, "avx512"),
-        (HASWELL, {"ATEN_CPU_CAPABILITY": "default"}, False, "avx2"),
+        (ZEN4, {}, True, "avx512bf16", True),
+        (SKYLAKE, {}, False, "avx512", True),
+        (HASWELL, {}, False, "avx2", True),
+        ({"avx2"}, {}, False, "portable", True),
+        ({"asimd"}, {}, False, "neon", True),
+        ({"asimd", "bf16"}, {}, True, "neon", False),
+        (set(), {}, False, "portable", True),
+        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False, "avx2", True),
+        (ZEN4, {"ATEN_CPU_CAPABILITY": "avx2"}, False, "avx2", True),
+        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, False, "avx512", True),
+        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True, "avx512bf16", True),
+        (ZEN4, {"LAGUNA_CPU_ISA": "avx2"}, False, "avx2", True),
+        (ZEN4, {"LAGUNA_CPU_ISA": "avx512"}, False, "avx512", True),
+        (ZEN4, {"LAGUNA_CPU_ISA": "portable"}, False, "portable", True),
+        (ZEN4, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512bf16", True),
+        (ZEN4, {"LAGUNA_CPU_ISA": "amx"}, True, "avx512bf16", True),
+        (ZEN4, {"LAGUNA_CPU_ISA": ""}, True, "avx512bf16", True),
+        (ZEN4, {"LAGUNA_CPU_LINEAR": "vLLM"}, True, "avx512bf16", False),
+        (HASWELL, {"LAGUNA_CPU_LINEAR": "vllm"}, False, "avx2", False),
+        (HASWELL | {"avx512f", "amx_bf16"}, {}, True, "avx2", False),
+        (ZEN4 | {"GenuineIntel"}, {}, False, "avx512", True),
+        (ZEN4 | {"GenuineIntel"}, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512bf16", True),
+        (ZEN4 | {"GenuineIntel", "amx_bf16"}, {}, True, "avx512bf16", False),
+        (ZEN4 | {"AuthenticAMD"}, {}, True, "avx512bf16", True),
+        (SKYLAKE | {"GenuineIntel"}, {}, False, "avx512", True),
+        (HASWELL, {"ATEN_CPU_CAPABILITY": "default"}, False, "avx2", True),
     ],
 )
-def test_choice(flags: set[str], environ: dict[str, str], bf16: bool, path: str) -> None:
+def test_choice(flags: set[str], environ: dict[str, str], bf16: bool, path: str, op: bool) -> None:
     assert multiplies_bf16(flags, environ) is bf16
     assert choose_path(flags, environ) == path
+    assert uses_linear_op(flags, environ) is op
 
 
 def test_instructions_and_vendor_are_read(tmp_path: Path) -> None:
@@ -218,6 +223,11 @@ def test_instructions_and_vendor_are_read(tmp_path: Path) -> None:
 def test_wrong_choice(name: str, says: str) -> None:
     with pytest.raises(IsaError, match=says):
         choose_path(HASWELL, {"LAGUNA_CPU_ISA": name})
+
+
+def test_wrong_library() -> None:
+    with pytest.raises(IsaError, match=r"LAGUNA_CPU_LINEAR: expected vllm or nothing, got 'torch'"):
+        uses_linear_op(ZEN4, {"LAGUNA_CPU_LINEAR": "torch"})
 
 
 def test_variable_chooses_the_library(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +268,7 @@ def test_compiler_that_fails(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(compiler))
     assert build.load_library() is None
-    assert "using torch's" in caplog.text
+    assert "using vLLM's" in caplog.text
     assert says in caplog.text
 
 

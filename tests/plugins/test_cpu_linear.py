@@ -68,16 +68,16 @@ def test_others_are_left_to_vllm(
     assert layer.weight is weight
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_processors_with_bf16_arithmetic_keep_vllms_own(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ours", [True, False])
+def test_some_processors_keep_vllms_own(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers import utils
 
     def stock(layer: torch.nn.Module, remove_weight: bool) -> None: ...
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", stock)
-    monkeypatch.setattr(cpu_linear, "multiplies_bf16", lambda: bf16)
+    monkeypatch.setattr(cpu_linear, "uses_linear_op", lambda: ours)
     cpu_linear.accelerate_linear()
-    assert (utils.dispatch_cpu_unquantized_gemm is stock) == bf16
+    assert (utils.dispatch_cpu_unquantized_gemm is stock) != ours
 
 
 def make_projection() -> Any:

@@ -1,8 +1,10 @@
-// y = x · wᵀ + bias for a CPU without bf16 arithmetic: bf16 in memory, widened in registers, summed in fp32.
+// y = x · wᵀ + bias on a CPU: bf16 in memory, summed in fp32.
 //
 // Built by build.py once per instruction set, which fixes LANES.  A register of 2·LANES weights is read as LANES words of
-// 32 bits, whose upper half is the odd weight and whose lower half, shifted up, the even one: two instructions widen
-// both.  Rows of x are widened beforehand into the same order, evens apart from odds, and padded with zeros.
+// 32 bits.  With AVX512-BF16 (PAIRS) one instruction multiplies both halves of a word by those of a word of x and adds
+// them up; subnormal numbers count as zeros.  Without, weights are widened in registers: the upper half of a word is the
+// odd weight, the lower one, shifted up, the even one, and rows of x are widened beforehand into the same order, evens
+// apart from odds.  Either way a row of x is padded with zeros.
 //
 // A tile is ROWS rows of x by WIDTH rows of w, each output a sum of LANES partial sums over all of K in one order,
 // whatever the tile: the bits of an output depend neither on the other rows nor on the threads, who share out rows of w.
@@ -40,10 +42,16 @@ constexpr bool MANY_REGISTERS = true;
 constexpr int LANES = 4;
 constexpr bool MANY_REGISTERS = false;
 #endif
+#if defined(__AVX512BF16__)
+constexpr int MOST_ROWS = 6;                  // rows of x in a tile
+typedef uint16_t Prepared;                    // an element of a row of x that tiles read
+#else
+constexpr int MOST_ROWS = 4;
+typedef float Prepared;
+#endif
 constexpr int STEP = 2 * LANES;               // elements of K in a register of weights
-constexpr int ROWS = 4;                       // rows of x in a tile, at most
 constexpr int64_t GROUP = 32;                 // rows of w whose outputs are narrowed together
-constexpr int64_t CHUNK = 256;                // rows of x whose widened form is held at once
+constexpr int64_t CHUNK = 256;                // rows of x that are held at once as tiles read them
 constexpr int64_t BLOCK_BYTES = 128 << 10;    // weights that stay in the cache for all rows of a chunk
 constexpr int64_t FETCH_AHEAD = 4096;         // weights, at least: the time to memory at full bandwidth
 constexpr int64_t MIN_WORK = 1 << 16;         // multiplications under which another thread costs more than it does
@@ -94,10 +102,44 @@ inline vec4 pick(vec4 a, vec4 b) {
 #endif
 }
 
-// The sums of registers' lanes, four at once where there are four; in one order either way.
+#if defined(__AVX512F__)
+// Lanes of two registers whose distance within each is a power of two, added to each other: a level of the tree.
+inline __m512 add_by8(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); }
+inline __m512 add_by4(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
+inline __m512 add_by2(__m512 a, __m512 b) {
+  const __m512d left = _mm512_castps_pd(a), right = _mm512_castps_pd(b);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)), _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
+}
+inline __m512 add_by1(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd)); }
+
+// The sums of 16 registers' lanes, in their order: a tree leaves them transposed, so it is given them transposed.
+inline void add_lanes16(const vec* sums, float* out) {
+  const auto by4 = [sums](int i) {
+    const __m512* s = reinterpret_cast<const __m512*>(sums) + i;
+    return add_by4(add_by8(s[0], s[4]), add_by8(s[8], s[12]));
+  };
+  _mm512_storeu_ps(out, add_by1(add_by2(by4(0), by4(1)), add_by2(by4(2), by4(3))));
+}
+
+inline void add_lanes8(const vec* sums, float* out) {
+  const auto by4 = [sums](int i) {
+    const __m512* s = reinterpret_cast<const __m512*>(sums) + i;
+    return add_by4(add_by8(s[0], s[4]), add_by8(s[2], s[6]));
+  };
+  const __m512 by2 = add_by2(by4(0), by4(1));
+  const __m512i order = _mm512_setr_epi32(0, 1, 8, 9, 4, 5, 12, 13, 0, 1, 8, 9, 4, 5, 12, 13);
+  _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, add_by1(by2, by2))));
+}
+#endif
+
+// The sums of registers' lanes, as many at once as there are; in one order either way.
 template <int COUNT>
 inline void add_lanes(const vec* sums, float* out) {
   int i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= COUNT; i += 16) add_lanes16(sums + i, out + i);
+  for (; i + 8 <= COUNT; i += 8) add_lanes8(sums + i, out + i);
+#endif
   for (; i + 4 <= COUNT; i += 4) {
     const vec4 a = add_halves(sums[i]), b = add_halves(sums[i + 1]), c = add_halves(sums[i + 2]), d = add_halves(sums[i + 3]);
     const vec4 ab = pick<0, 4, 1, 5>(a, b) + pick<2, 6, 3, 7>(a, b);
@@ -132,7 +174,7 @@ inline words load_tail(const uint16_t* p, int64_t count) {
 }
 
 struct alignas(64) Line {
-  float values[16];
+  char bytes[64];
 };
 
 struct Problem {
@@ -146,13 +188,24 @@ struct Problem {
   int64_t padded() const { return (K + STEP - 1) / STEP * STEP; }
 };
 
-// One row of x, widened: evens of every STEP, then its odds.
-void widen_row(const uint16_t* x, int64_t K, float* wide) {
-  for (int64_t k = 0; k < K; k += STEP) {
-    const words pairs = k + STEP <= K ? load(x + k) : load_tail(x + k, K - k);
-    *reinterpret_cast<vec*>(wide + k) = even(pairs);
-    *reinterpret_cast<vec*>(wide + k + LANES) = odd(pairs);
+#if defined(__AVX512BF16__)
+inline void store_pairs(words pairs, uint16_t* row) { *reinterpret_cast<words*>(row) = pairs; }
+
+template <int M, int WIDTH>
+inline void tile_step(const uint16_t* const* x, const words* pairs, int64_t k, vec* sums) {
+  for (int m = 0; m < M; ++m) {
+    const __m512bh row = reinterpret_cast<__m512bh>(load(x[m] + k));
+    for (int r = 0; r < WIDTH; ++r) {
+      const __m512 sum = reinterpret_cast<__m512>(sums[m * WIDTH + r]);
+      sums[m * WIDTH + r] = reinterpret_cast<vec>(_mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pairs[r]), row));
+    }
   }
+}
+#else
+// Evens of a STEP, then its odds.
+inline void store_pairs(words pairs, float* row) {
+  *reinterpret_cast<vec*>(row) = even(pairs);
+  *reinterpret_cast<vec*>(row + LANES) = odd(pairs);
 }
 
 template <int M, int WIDTH>
@@ -177,9 +230,16 @@ inline void tile_step(const float* const* x, const words* pairs, int64_t k, vec*
   }
 }
 
+#endif
+
+// One row of x as tiles read it.
+void prepare_row(const uint16_t* x, int64_t K, Prepared* row) {
+  for (int64_t k = 0; k < K; k += STEP) store_pairs(k + STEP <= K ? load(x + k) : load_tail(x + k, K - k), row + k);
+}
+
 // M rows of x by WIDTH rows of w.  out [M][GROUP], of which WIDTH are written.  `ahead` elements further on is what a later tile reads, asked for now.
 template <int M, int WIDTH>
-inline void run_tile(const float* const* x, const uint16_t* w, int64_t w_stride, int64_t K, int64_t ahead, float* out) {
+inline void run_tile(const Prepared* const* x, const uint16_t* w, int64_t w_stride, int64_t K, int64_t ahead, float* out) {
   vec sums[WIDTH * M] = {};
   words pairs[WIDTH];
   int64_t k = 0;
@@ -202,11 +262,11 @@ inline void run_tile(const float* const* x, const uint16_t* w, int64_t w_stride,
 // M rows of x by the rows of w from `first` to `last`; y: the first of the M rows.  `next`: so many rows further on is
 // what is read after these; 0: the tiles follow each other.
 template <int M>
-void run_rows(const Problem& p, const float* wide, int64_t first, int64_t last, int64_t next, uint16_t* y) {
+void run_rows(const Problem& p, const Prepared* rows, int64_t first, int64_t last, int64_t next, uint16_t* y) {
   constexpr int WIDTH = M == 1 ? 8 : MANY_REGISTERS || M == 2 ? 4 : 2;
   const int64_t ahead = next > 0 ? next * p.w_stride : std::max(WIDTH * p.w_stride, FETCH_AHEAD);
-  const float* x[M];
-  for (int m = 0; m < M; ++m) x[m] = wide + m * p.padded();
+  const Prepared* x[M];
+  for (int m = 0; m < M; ++m) x[m] = rows + m * p.padded();
   float out[M * GROUP];
   for (int64_t n = first; n < last; n += GROUP) {
     const int64_t count = std::min(GROUP, last - n);
@@ -226,38 +286,43 @@ void run_rows(const Problem& p, const float* wide, int64_t first, int64_t last, 
   }
 }
 
-// A thread's rows of w, a block at a time, for all M widened rows of a chunk.
-void run_share(const Problem& p, const float* wide, int64_t M, int64_t first, int64_t last, uint16_t* y) {
+// The same for a number of rows of x that is known when it runs, at most MOST.
+template <int MOST = MOST_ROWS>
+void run_some_rows(int64_t M, const Problem& p, const Prepared* rows, int64_t first, int64_t last, int64_t next, uint16_t* y) {
+  if (M == MOST) {
+    run_rows<MOST>(p, rows, first, last, next, y);
+  } else if constexpr (MOST > 1) {
+    run_some_rows<MOST - 1>(M, p, rows, first, last, next, y);
+  }
+}
+
+// A thread's rows of w, a block at a time, for all M prepared rows of a chunk.
+void run_share(const Problem& p, const Prepared* rows, int64_t M, int64_t first, int64_t last, uint16_t* y) {
   const int64_t block = std::max<int64_t>(8, BLOCK_BYTES / (2 * std::max<int64_t>(p.K, 1)) / 8 * 8);
   for (int64_t n = first; n < last; n += block) {
-    const int64_t end = std::min(last, n + block);
     int64_t m = 0;
-    for (; m + ROWS <= M; m += ROWS) {
-      const bool last_rows = m + 2 * ROWS > M && m > 0;
-      run_rows<ROWS>(p, wide + m * p.padded(), n, end, last_rows ? block : 0, y + m * p.N);
-    }
-    switch (M - m) {
-      case 1: run_rows<1>(p, wide + m * p.padded(), n, end, 0, y + m * p.N); break;
-      case 2: run_rows<2>(p, wide + m * p.padded(), n, end, 0, y + m * p.N); break;
-      case 3: run_rows<3>(p, wide + m * p.padded(), n, end, 0, y + m * p.N); break;
+    while (m < M) {
+      const int64_t left = M - m, now = left == 7 || left == 8 ? 4 : std::min<int64_t>(left, MOST_ROWS);
+      run_some_rows(now, p, rows + m * p.padded(), n, std::min(last, n + block), m > 0 && now == left ? block : 0, y + m * p.N);
+      m += now;
     }
   }
 }
 
-void run_chunk(const Problem& p, int64_t first_row, int64_t M, float* wide, int threads) {
+void run_chunk(const Problem& p, int64_t first_row, int64_t M, Prepared* rows, int threads) {
   const uint16_t* x = p.x + first_row * p.x_stride;
   uint16_t* y = p.y + first_row * p.N;
   if (threads == 1) {
-    for (int64_t m = 0; m < M; ++m) widen_row(x + m * p.x_stride, p.K, wide + m * p.padded());
-    run_share(p, wide, M, 0, p.N, y);
+    for (int64_t m = 0; m < M; ++m) prepare_row(x + m * p.x_stride, p.K, rows + m * p.padded());
+    run_share(p, rows, M, 0, p.N, y);
     return;
   }
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < M; ++m) widen_row(x + m * p.x_stride, p.K, wide + m * p.padded());
+    for (int64_t m = 0; m < M; ++m) prepare_row(x + m * p.x_stride, p.K, rows + m * p.padded());
     const int64_t units = (p.N + 7) / 8, team = omp_get_num_threads(), own = omp_get_thread_num();
-    run_share(p, wide, M, units * own / team * 8, std::min(p.N, units * (own + 1) / team * 8), y);
+    run_share(p, rows, M, units * own / team * 8, std::min(p.N, units * (own + 1) / team * 8), y);
   }
 }
 
@@ -265,14 +330,14 @@ void run_chunk(const Problem& p, int64_t first_row, int64_t M, float* wide, int 
 
 extern "C" int linear_bf16(int64_t M, int64_t N, int64_t K, const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias, void* y, int threads) {
   const Problem p{M, N, K, static_cast<const uint16_t*>(x), x_stride, static_cast<const uint16_t*>(w), w_stride, static_cast<const uint16_t*>(bias), static_cast<uint16_t*>(y)};
-  static thread_local std::vector<Line> wide;
+  static thread_local std::vector<Line> rows;
   try {
-    const size_t need = static_cast<size_t>(std::min(M, CHUNK) * p.padded() / 16 + 1);
-    if (wide.size() < need) wide.resize(need);
+    const size_t need = static_cast<size_t>(std::min(M, CHUNK) * p.padded() * sizeof(Prepared) / sizeof(Line) + 1);
+    if (rows.size() < need) rows.resize(need);
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;
   }
   if (M * N * K < 2 * MIN_WORK) threads = 1;
-  for (int64_t first = 0; first < M; first += CHUNK) run_chunk(p, first, std::min(CHUNK, M - first), wide.data()->values, threads);
+  for (int64_t first = 0; first < M; first += CHUNK) run_chunk(p, first, std::min(CHUNK, M - first), reinterpret_cast<Prepared*>(rows.data()), threads);
   return OK;
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from laguna_serve.kernels.isa import VARIABLE, multiplies_bf16
+from laguna_serve.kernels.isa import VARIABLE, uses_linear_op
 from laguna_serve.serving.machine import rates
 from laguna_serve.serving.machine.rates import (
     LIMITS,
@@ -38,7 +38,7 @@ def test_real_probe_times_every_case(held: bool, monkeypatch: pytest.MonkeyPatch
     assert all(0 < ms < 1000 for arm in arms for ms in arm.values())
     assert measured.torch_isa
     assert (measured.path == "portable") == held
-    assert (measured.kernel is None) == multiplies_bf16()
+    assert (measured.kernel is not None) == uses_linear_op()
 
 
 def test_measured_once_and_again_where_the_file_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +76,7 @@ def test_rates_are_had_without_a_cache(tmp_path: Path, monkeypatch: pytest.Monke
         (2.0, None, False, "no fast bfloat16 in this processor; float32 is 0.5 times as fast"),
         (0.5, 0.25, False, "by laguna_serve::linear (avx2), 4.0 times as fast as torch's, 2.0 times as float32"),
         (0.5, 0.8, False, "float32 is 1.6 times as fast"),
+        (0.5, 0.25, True, "by laguna_serve::linear (avx2), 4.0 times as fast as torch's, 2.0 times as float32"),
         (2.0, None, True, "in the processor's own arithmetic, 2.0 times as fast as float32"),
     ],
 )
