@@ -44,9 +44,11 @@ constexpr bool MANY_REGISTERS = false;
 #endif
 #if defined(__AVX512BF16__)
 constexpr int MOST_ROWS = 6;                  // rows of x in a tile
+constexpr int ROWS_OF_WIDE = 3;               // those of a tile that has 8 rows of w
 typedef uint16_t Prepared;                    // an element of a row of x that tiles read
 #else
 constexpr int MOST_ROWS = 4;
+constexpr int ROWS_OF_WIDE = 1;
 typedef float Prepared;
 #endif
 constexpr int STEP = 2 * LANES;               // elements of K in a register of weights
@@ -237,15 +239,15 @@ void prepare_row(const uint16_t* x, int64_t K, Prepared* row) {
   for (int64_t k = 0; k < K; k += STEP) store_pairs(k + STEP <= K ? load(x + k) : load_tail(x + k, K - k), row + k);
 }
 
-// M rows of x by WIDTH rows of w.  out [M][GROUP], of which WIDTH are written.  `ahead` elements further on is what a later tile reads, asked for now.
-template <int M, int WIDTH>
+// M rows of x by WIDTH rows of w.  out [M][GROUP], of which WIDTH are written.  `ahead` elements further on is what a later tile reads, asked for now if FETCH.
+template <int M, int WIDTH, bool FETCH>
 inline void run_tile(const Prepared* const* x, const uint16_t* w, int64_t w_stride, int64_t K, int64_t ahead, float* out) {
   vec sums[WIDTH * M] = {};
   words pairs[WIDTH];
   int64_t k = 0;
   for (; k + STEP <= K; k += STEP) {
     for (int r = 0; r < WIDTH; ++r) pairs[r] = load(w + r * w_stride + k);
-    for (int r = 0; r < WIDTH; ++r) __builtin_prefetch(w + r * w_stride + k + ahead, 0, 2);
+    for (int r = 0; FETCH && r < WIDTH; ++r) __builtin_prefetch(w + r * w_stride + k + ahead, 0, 2);
     tile_step<M, WIDTH>(x, pairs, k, sums);
   }
   if (k < K) {
@@ -259,12 +261,15 @@ inline void run_tile(const Prepared* const* x, const uint16_t* w, int64_t w_stri
   }
 }
 
-// M rows of x by the rows of w from `first` to `last`; y: the first of the M rows.  `next`: so many rows further on is
-// what is read after these; 0: the tiles follow each other.
-template <int M>
-void run_rows(const Problem& p, const Prepared* rows, int64_t first, int64_t last, int64_t next, uint16_t* y) {
-  constexpr int WIDTH = M == 1 ? 8 : MANY_REGISTERS || M == 2 ? 4 : 2;
-  const int64_t ahead = next > 0 ? next * p.w_stride : std::max(WIDTH * p.w_stride, FETCH_AHEAD);
+// What a pass over rows of w asks memory for beforehand: its own tiles, the block that is read after it, or nothing.
+enum class Fetch { TILES, BLOCK, NOTHING };
+
+// M rows of x by the rows of w from `first` to `last`; y: the first of the M rows.  `block`: rows from a block to the next.
+template <int M, Fetch FETCH>
+void run_rows(const Problem& p, const Prepared* rows, int64_t first, int64_t last, int64_t block, uint16_t* y) {
+  constexpr bool SOME = FETCH != Fetch::NOTHING;
+  constexpr int WIDTH = M <= ROWS_OF_WIDE ? 8 : MANY_REGISTERS || M == 2 ? 4 : 2;
+  const int64_t ahead = FETCH == Fetch::BLOCK ? block * p.w_stride : std::max(WIDTH * p.w_stride, FETCH_AHEAD);
   const Prepared* x[M];
   for (int m = 0; m < M; ++m) x[m] = rows + m * p.padded();
   float out[M * GROUP];
@@ -272,8 +277,8 @@ void run_rows(const Problem& p, const Prepared* rows, int64_t first, int64_t las
     const int64_t count = std::min(GROUP, last - n);
     const uint16_t* w = p.w + n * p.w_stride;
     int64_t r = 0;
-    for (; r + WIDTH <= count; r += WIDTH) run_tile<M, WIDTH>(x, w + r * p.w_stride, p.w_stride, p.K, ahead, out + r);
-    for (; r < count; ++r) run_tile<M, 1>(x, w + r * p.w_stride, p.w_stride, p.K, ahead, out + r);
+    for (; r + WIDTH <= count; r += WIDTH) run_tile<M, WIDTH, SOME>(x, w + r * p.w_stride, p.w_stride, p.K, ahead, out + r);
+    for (; r < count; ++r) run_tile<M, 1, SOME>(x, w + r * p.w_stride, p.w_stride, p.K, ahead, out + r);
     for (int m = 0; m < M; ++m) {
       uint16_t* row = y + m * p.N + n;
       const float* sums = out + m * GROUP;
@@ -288,11 +293,15 @@ void run_rows(const Problem& p, const Prepared* rows, int64_t first, int64_t las
 
 // The same for a number of rows of x that is known when it runs, at most MOST.
 template <int MOST = MOST_ROWS>
-void run_some_rows(int64_t M, const Problem& p, const Prepared* rows, int64_t first, int64_t last, int64_t next, uint16_t* y) {
+void run_some_rows(int64_t M, Fetch fetch, const Problem& p, const Prepared* rows, int64_t first, int64_t last, int64_t block, uint16_t* y) {
   if (M == MOST) {
-    run_rows<MOST>(p, rows, first, last, next, y);
+    switch (fetch) {
+      case Fetch::TILES: run_rows<MOST, Fetch::TILES>(p, rows, first, last, block, y); break;
+      case Fetch::BLOCK: run_rows<MOST, Fetch::BLOCK>(p, rows, first, last, block, y); break;
+      case Fetch::NOTHING: run_rows<MOST, Fetch::NOTHING>(p, rows, first, last, block, y); break;
+    }
   } else if constexpr (MOST > 1) {
-    run_some_rows<MOST - 1>(M, p, rows, first, last, next, y);
+    run_some_rows<MOST - 1>(M, fetch, p, rows, first, last, block, y);
   }
 }
 
@@ -303,7 +312,8 @@ void run_share(const Problem& p, const Prepared* rows, int64_t M, int64_t first,
     int64_t m = 0;
     while (m < M) {
       const int64_t left = M - m, now = left == 7 || left == 8 ? 4 : std::min<int64_t>(left, MOST_ROWS);
-      run_some_rows(now, p, rows + m * p.padded(), n, std::min(last, n + block), m > 0 && now == left ? block : 0, y + m * p.N);
+      const Fetch fetch = m == 0 ? Fetch::TILES : now == left ? Fetch::BLOCK : Fetch::NOTHING;
+      run_some_rows(now, fetch, p, rows + m * p.padded(), n, std::min(last, n + block), block, y + m * p.N);
       m += now;
     }
   }
