@@ -14,8 +14,8 @@ CPUINFO = Path("/proc/cpuinfo")
 # Holds this project's own kernels to a path; anything but these also says that bf16 arithmetic is not to be used.
 VARIABLE = "LAGUNA_CPU_ISA"
 BF16 = ("avx512bf16", "amx", "neonbf16")
-# `vllm`: linear layers are multiplied by what vLLM has for them.
-LINEAR_VARIABLE = "LAGUNA_CPU_LINEAR"
+# `vllm`: linear layers and whole experts are multiplied by what vLLM has for them.
+KERNELS_VARIABLE = "LAGUNA_CPU_KERNELS"
 VLLM = "vllm"
 AVX512 = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"))
 # Of kernels/linear, best first, with the instructions (as /proc/cpuinfo calls them) that each needs.
@@ -26,6 +26,7 @@ PATHS: dict[str, frozenset[str]] = {
     "neon": frozenset(("asimd",)),
     "portable": frozenset(),
 }
+X86 = (BF16[0], "avx512", "avx2")
 # Instructions that multiply in bfloat16; `bf16` is ARM's.
 BF16_ARITHMETIC = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 INTEL = "GenuineIntel"
@@ -94,18 +95,29 @@ def choose_path(flags: Collection[str] | None = None, environ: Mapping[str, str]
 def uses_linear_op(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether linear layers in bfloat16 run in kernels/linear, and not in what vLLM has for them.
 
-    That is the better one where instructions multiply whole matrices (AMX, ARM's bf16), or LAGUNA_CPU_LINEAR=vllm.
+    That is the better one where instructions multiply whole matrices (AMX, ARM's bf16), or LAGUNA_CPU_KERNELS=vllm.
 
     Raises:
         IsaError: a variable has a value that it cannot have.
     """
-    if (wanted := environ.get(LINEAR_VARIABLE, "")).lower() not in ("", VLLM):
-        raise IsaError(f"{LINEAR_VARIABLE}: expected {VLLM} or nothing, got {wanted!r}; correct or unset it")
+    if (wanted := environ.get(KERNELS_VARIABLE, "")).lower() not in ("", VLLM):
+        raise IsaError(f"{KERNELS_VARIABLE}: expected {VLLM} or nothing, got {wanted!r}; correct or unset it")
     present = read_flags() if flags is None else flags
     own = not multiplies_bf16(present, environ) or (
         "amx_bf16" not in present and choose_path(present, environ) == BF16[0]
     )
     return own and not wanted
+
+
+def uses_own_experts(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether experts in bfloat16 of which nothing is pruned run in kernels/sentinel_moe, too, not in vLLM's kernel.
+
+    Where linear layers do, on x86: ARM's paths have not been timed.
+
+    Raises:
+        IsaError: a variable has a value that it cannot have.
+    """
+    return uses_linear_op(flags, environ) and choose_path(flags, environ) in X86
 
 
 def _limits(environ: Mapping[str, str]) -> set[str]:

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.compilation import caching
 
+from laguna_serve.kernels.isa import uses_own_experts
 from laguna_serve.plugins import compiled_kernels
 from laguna_serve.plugins.cpu_linear import takes_over
 
@@ -45,13 +46,13 @@ def load(*args: Any, **kwargs: Any) -> Any:
 
 
 def list_factors(*args: Any) -> list[str]:
-    """`caching.aot_compile_hash_factors`, the processor's instruction sets as far as they may be used, and our op.
+    """`caching.aot_compile_hash_factors`, the processor's instruction sets as far as they may be used, and our kernels.
 
     A stored model multiplies with what it was compiled for, whatever a layer would choose now.
     """
     isa = sorted(torch.cpu.get_capabilities().items())
-    linear = f"laguna_serve::linear: {takes_over()}"
-    return [*stock_factors(*args), str(isa), str(os.environ.get("ATEN_CPU_CAPABILITY")), linear]
+    ours = f"laguna_serve::linear: {takes_over()}, whole experts: {uses_own_experts()}"
+    return [*stock_factors(*args), str(isa), str(os.environ.get("ATEN_CPU_CAPABILITY")), ours]
 
 
 def release(handler: CPUDNNLGEMMHandler) -> None:

@@ -24,7 +24,7 @@ from laguna_serve.serving.machine.device import read_isa
 from laguna_serve.serving.machine.threads import THREADS, choose_threads
 
 # What an engine's arithmetic may be held by, and with it these rates.
-LIMITS = (*isa.LIMITS, isa.VARIABLE, isa.LINEAR_VARIABLE)
+LIMITS = (*isa.LIMITS, isa.VARIABLE, isa.KERNELS_VARIABLE)
 ROWS = (1, 8)
 # What the probe multiplies with: threads as for a model of that size.
 SMALL_BYTES = 1024 * 4096 * 2

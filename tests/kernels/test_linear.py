@@ -190,8 +190,8 @@ def test_bad_arguments(change: dict[str, torch.Tensor], error: type[Exception], 
         (ZEN4, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512bf16", True),
         (ZEN4, {"LAGUNA_CPU_ISA": "amx"}, True, "avx512bf16", True),
         (ZEN4, {"LAGUNA_CPU_ISA": ""}, True, "avx512bf16", True),
-        (ZEN4, {"LAGUNA_CPU_LINEAR": "vLLM"}, True, "avx512bf16", False),
-        (HASWELL, {"LAGUNA_CPU_LINEAR": "vllm"}, False, "avx2", False),
+        (ZEN4, {"LAGUNA_CPU_KERNELS": "vLLM"}, True, "avx512bf16", False),
+        (HASWELL, {"LAGUNA_CPU_KERNELS": "vllm"}, False, "avx2", False),
         (HASWELL | {"avx512f", "amx_bf16"}, {}, True, "avx2", False),
         (ZEN4 | {"GenuineIntel"}, {}, False, "avx512", True),
         (ZEN4 | {"GenuineIntel"}, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512bf16", True),
@@ -226,8 +226,8 @@ def test_wrong_choice(name: str, says: str) -> None:
 
 
 def test_wrong_library() -> None:
-    with pytest.raises(IsaError, match=r"LAGUNA_CPU_LINEAR: expected vllm or nothing, got 'torch'"):
-        uses_linear_op(ZEN4, {"LAGUNA_CPU_LINEAR": "torch"})
+    with pytest.raises(IsaError, match=r"LAGUNA_CPU_KERNELS: expected vllm or nothing, got 'torch'"):
+        uses_linear_op(ZEN4, {"LAGUNA_CPU_KERNELS": "torch"})
 
 
 def test_variable_chooses_the_library(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
