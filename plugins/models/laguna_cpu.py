@@ -52,7 +52,7 @@ class WholeExperts(CPUUnquantizedExperts):  # type: ignore[misc]
 
     block_start: torch.Tensor
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Turn w2 over in memory; again changes nothing."""
         layer.w2_weight.data = layer.w2_weight.data.transpose(1, 2).contiguous().transpose(1, 2)
         self.block_start = torch.arange(len(layer.w2_weight) + 1, dtype=torch.int32)
