@@ -108,7 +108,7 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DoctorResult(ProbeReport, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.doctor/1"):
-    """The check of an installation. `rates`: of a CPU without bf16 arithmetic, how fast it is without."""
+    """The check of an installation. `rates`: how fast a CPU multiplies, and with what."""
 
     ok: bool
     problems: tuple[InstallProblem, ...]
@@ -179,7 +179,7 @@ def diagnose() -> DoctorResult:
         ok=not problems,
         problems=tuple(problems),
         device=None if device is None else describe_device(device),
-        rates=find_rates() if device is not None and device.kind == "cpu" and not multiplies_bf16() else None,
+        rates=find_rates() if device is not None and device.kind == "cpu" else None,
         **msgspec.structs.asdict(report),
     )
 
