@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +23,8 @@ from laguna_serve.bench.crosscheck import CrosscheckConfig
 from laguna_serve.bench.rate_check.clients import measure_vllm
 from laguna_serve.serving.client.routed_experts import decode_experts
 from laguna_serve.serving.engine import Engine
+from laguna_serve.serving.gateway.engines.engine import Engine as GatewayEngine
+from laguna_serve.serving.gateway.engines.weights import WeightGroup
 
 KEY = "authorization: Bearer sk\r\ncontent-type: application/json\r\n"
 TOY = Path(__file__).parents[2] / "toy"
@@ -204,6 +206,7 @@ def interrupt_stream(front: Gateway, engine: Engine, act: Callable[[], None]) ->
     body = {**TEXT, "model": engine.model_name, "max_tokens": 400, "ignore_eos": True, "stream": True}
     data = json.dumps(body).encode()
     whole = ask(front.port, "/v1/completions", data)
+    front.wait_idle()  # the next wait is for the second one
     with socket.create_connection(("127.0.0.1", front.port), timeout=60) as connection:
         connection.sendall(make_request("/v1/completions", data, "content-type: application/json\r\n"))
         wait_until(lambda: any(exchange.chunks > 3 for exchange in list(front.relay.exchanges)))
@@ -231,14 +234,24 @@ def test_paused_engine_goes_on_where_it_was(front: Gateway, fp32_engine: Engine)
     assert held == whole
 
 
-def test_stream_that_gets_the_same_weights_anew_goes_on_where_it_was(front: Gateway, fp32_engine: Engine) -> None:
+def test_stream_that_gets_the_same_weights_anew_goes_on_where_it_was(
+    front: Gateway, fp32_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way, verify = list[int](), WeightGroup.verify
+
+    async def watch(group: WeightGroup, engines: Sequence[GatewayEngine], version: str) -> None:
+        """While the engines have the weights and have not gone on: the answer may end before the update's does."""
+        under_way.append(len(front.relay.exchanges))
+        await verify(group, engines, version)
+
     def update() -> None:
         weights = {"weight_version": "same", "update": [{"folder": str(TOY / "teacher")}], "mode": "keep"}
         assert front.ask_admin("/admin/update_weights", weights).json()["outcome"] == "updated"
-        assert front.relay.exchanges, "it was held in the middle"
 
+    monkeypatch.setattr(WeightGroup, "verify", watch)
     whole, held = interrupt_stream(front, fp32_engine, update)
     assert held == whole
+    assert under_way == [1], "it was held in the middle"
 
 
 def test_version_of_the_weights_is_the_engines(front: Gateway, fp32_engine: Engine) -> None:
