@@ -17,6 +17,7 @@ from msgspec import UNSET, UnsetType
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, HELD
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
+from laguna_serve.serving.machine.memory import GIB, show_size
 from laguna_serve.serving.supervision.service_manager import tell_ready
 
 if TYPE_CHECKING:
@@ -112,13 +113,22 @@ def check_gateway(config: GatewayCommandConfig) -> GatewayResult:
 
 
 def check_engines(gateway: Config) -> None:
-    """Check the checkpoints of engines of the gateway's own.  Raises CheckpointError: one cannot be served."""
-    from laguna_serve.serving.gateway.residence.plans import make_engine_config
+    """Check the checkpoints of engines of the gateway's own, and that each could have its group's memory to itself.
+
+    Raises CheckpointError: one cannot be served.
+    """
+    from laguna_serve.serving.checkpoint import CheckpointError
+    from laguna_serve.serving.gateway.residence.plans import make_engine_config, plan_bytes
     from laguna_serve.serving.planning.launch import check_launch
 
+    budgets = {group.name: group.memory_gib * GIB for group in gateway.groups if group.memory_gib is not None}
     for model in gateway.models:
         if model.engine is not None:
             check_launch(make_engine_config(model.name, model.engine))
+            budget = budgets.get(model.engine.group)
+            if budget is not None and (need := plan_bytes(model.name, model.engine)) > budget:
+                expected = f"expected {show_size(need)} or more, which {model.name} takes, got {show_size(budget)}"
+                raise CheckpointError(f"memory of the group {model.engine.group}: {expected}; raise it")
 
 
 def run_gateway(config: GatewayCommandConfig, early: Sequence[int] = ()) -> GatewayResult:

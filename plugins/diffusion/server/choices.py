@@ -73,7 +73,8 @@ def make_requests(body: Body, prompts: Sequence[Sequence[int]], served: Served, 
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         limit = body.max_completion_tokens
     block = body.block_length or defaults.block_length
-    length = choose_length(body.canvas_length, limit, block, defaults)
+    room = served.max_model_len - max(map(len, prompts), default=0)
+    length = choose_length(body.canvas_length, limit, block, min(defaults.canvas_length, room // block * block))
     seed = body.seed if body.seed is not None else defaults.seeds.getrandbits(32) if body.temperature else 0
     reference = choose_reference(body, served.decoder.reference, length // block)
     stop = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else served.stop)
@@ -95,14 +96,14 @@ def make_requests(body: Body, prompts: Sequence[Sequence[int]], served: Served, 
     return requests
 
 
-def choose_length(asked: int | None, limit: int | None, block: int, defaults: Defaults) -> int:
-    """Choose the canvas: what is asked for, else the limit in whole blocks.
+def choose_length(asked: int | None, limit: int | None, block: int, usual: int) -> int:
+    """Choose the canvas: what is asked for, else the limit in whole blocks, else what is usual; one block at least.
 
     Raises:
         ApiError: the limit does not fit the canvas, or that is not of whole blocks.
     """
     if asked is None:
-        return -(-(limit or defaults.canvas_length) // block) * block
+        return -(-max(1, limit or usual) // block) * block
     if asked % block:
         got = f"{asked} in blocks of {block}"
         raise ApiError(400, f"canvas_length: expected whole blocks, got {got}; round it up", "canvas_length")

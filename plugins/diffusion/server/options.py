@@ -45,7 +45,7 @@ class ServerOptions:
         max_num_seqs: requests that share passes.
         max_waiting: beyond those; one more is refused.
         max_cached_tokens: of prompts and canvases that share passes, where there is a cache; None: by the free memory.
-        canvas_length: of an answer whose request says no max_tokens.
+        canvas_length: of an answer whose request says no max_tokens, or what the prompt leaves room for.
         tokens_per_step, steps_per_block, threshold: the schedule, one of them; none: a token a step.
         cache, guidance: of all requests.
         draft: a smaller model's folder.

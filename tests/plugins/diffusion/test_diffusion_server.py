@@ -18,6 +18,7 @@ from tiny_llada import MASK, VOCABULARY, write_llada
 from laguna_serve.plugins.diffusion.decoding.reference import Evenly, PerStep, Reference, Threshold
 from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.server.bodies import ChatMessage
+from laguna_serve.plugins.diffusion.server.choices import choose_length
 from laguna_serve.plugins.diffusion.server.loading import load
 from laguna_serve.plugins.diffusion.server.options import parse_options
 
@@ -43,6 +44,20 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 def own_server(folder: Path, *flags: str, **changes: Any) -> Iterator[Running]:
     with Running(load(parse_options([str(folder), *flags])), **changes) as running:
         yield running
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit", "usual", "expected"),
+    [
+        (None, None, 128, 128),
+        (None, None, 20, 24),  # in whole blocks
+        (None, 9, 128, 16),
+        (None, None, 0, 8),  # the prompt leaves no room, which is refused with a block's length
+        (16, None, 128, 16),
+    ],
+)
+def test_canvas_is_what_is_asked_for_or_usual(asked: int | None, limit: int | None, usual: int, expected: int) -> None:
+    assert choose_length(asked, limit, 8, usual) == expected
 
 
 SETTINGS: list[tuple[dict[str, Any], int, Reference, int]] = [
@@ -97,6 +112,16 @@ def test_clients_complete_stream_and_chat(server: Running) -> None:
     assert events[0].choices[0].delta.role == "assistant"
     assert "".join(event.choices[0].delta.content or "" for event in events) == chat.choices[0].message.content
     assert [event.choices[0].finish_reason for event in events][-1] == chat.choices[0].finish_reason
+
+
+@pytest.mark.slow
+def test_canvas_is_shorter_where_the_prompt_leaves_less_room(server: Running) -> None:
+    """The usual canvas is 128 tokens, a block 32, the context 256."""
+    body = {"prompt": [5] * 200, "ignore_eos": True}
+    answer = server.http.post("/v1/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == 32
+    refused = server.http.post("/v1/completions", json={**body, "prompt": [5] * 250})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ NOT_THE_ENGINES = {
 }
 OURS = {"group", "pinned", "idle_timeout_s", "min_residence_s", "memory_gib", "sleep_level", "start_timeout_s"}
 
+TOY = Path(__file__).parents[2] / "toy"
+
 
 def parse(engine: dict[str, Any], **more: Any) -> Any:
     return parse_config({"models": [{"name": "m", "engine": {"model": "folder", **engine}}], **more}, "test")
@@ -103,6 +105,21 @@ def test_check_refuses_a_folder_that_is_not_there(
     path.write_text('[server]\nport = 0\n[[models]]\nname = "m"\n[models.engine]\nmodel = "/no/such/folder"\n')
     assert main(["gateway", "--config", str(path), "--check"]) == 2
     assert "/no/such/folder" in capsys.readouterr().err
+
+
+def test_check_refuses_a_group_in_which_a_model_has_no_room(
+    tmp_path: Path, fake_vllm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, server = tmp_path / "gateway.toml", "[server]\nport = 0\n"
+    model = f'[[models]]\nname = "m"\n[models.engine]\nmodel = "{TOY / "teacher"}"\nmemory_gib = 1.5\n'
+    path.write_text(f'{server}{model}[[groups]]\nname = "default"\nmemory_gib = 1.5\n')
+    assert main(["gateway", "--config", str(path), "--check"]) == 0
+    path.write_text(f'{server}{model}[[groups]]\nname = "default"\nmemory_gib = 0.5\n')
+    assert main(["gateway", "--config", str(path), "--check"]) == 2
+    fault = "memory of the group default: expected 1.5 GiB or more, which m takes, got 512.0 MiB; raise it"
+    assert fault in capsys.readouterr().err
+    assert main(["serve", str(TOY / "teacher"), "--memory-budget", "1e-9", "--port", "0"]) == 2
+    assert "which teacher takes, got 0.0 MiB; raise it" in capsys.readouterr().err
 
 
 def test_several_models_become_engines_of_one_budget() -> None:
