@@ -160,9 +160,8 @@ def certify(config: CertifyConfig, environment: Environment | None = None) -> Ce
     environment = environment or read_environment(current_argv())
     job = make_job(config, environment)
     load = OtherLoad()
-    identity = find_identity(config, job.specs, environment)
     certificate = run_job(job, environment, Progress())
-    certificate = structs.replace(certificate, environment=load.note(environment), identity=identity)
+    certificate = structs.replace(certificate, environment=load.note(environment), identity=job.identity)
     write_result(job.out / "certificate.json", certificate)
     write_text(job.out / "certificate.md", render_markdown(certificate))
     write_text(job.out / "certificate.html", render_html(certificate))
@@ -179,8 +178,10 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
     """Everything that can be refused before an engine starts.
 
     Raises:
-        PromptsError, CheckpointError: an input cannot be used, or the folder holds another certificate's passes.
+        PromptsError, CheckpointError: an input cannot be used.
+        RunDirError: the folder holds another certificate's passes, or of other code, another machine or its variables.
         EngineError: an engine could not be started.
+        IdentityError, OSError: what computes here could not be found out.
     """
     check_out(config.out)
     prompts = config.load_prompts()
@@ -198,6 +199,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
         raise FlagError("--temperature: expected --identical beside it, as draws are not held against noise")
     decisive = (*ENGINE_FLAGS, "prefix_caching", "baseline_url", "candidate_url", "max_tokens", "seed", "row_matched")
     given = {name: value for name in ("temperature", "row_matched_url") if (value := getattr(config, name))}
+    identity = find_identity(config, specs, environment)
     checkpoints = {name: fingerprint(path) for name in ENGINE_FLAGS[:3] if (path := getattr(config, name))}
     claim_folder(
         out / "passes",
@@ -206,6 +208,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
             "prompts": fingerprint_prompts(prompts),
             "concurrency": list(config.concurrency),
             "checkpoints": checkpoints,
+            "identity": None if identity is None else identity.sha256,
         }
         | given
         | {"versions": environment.versions, "device": environment.device.name if environment.device else None},
@@ -222,6 +225,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
         check_specs(own, config.max_tokens)
     return Job(
         specs=specs,
+        identity=identity,
         missing=missing,
         prompts=prompts,
         max_tokens=config.max_tokens,

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, Arm, ArmSpec, open_arm
+from laguna_serve.bench.certificate.identity import Identity
 from laguna_serve.bench.certificate.locating import DEFAULT_ROWS, MAX_COPIES, choose_sequence, differs
 from laguna_serve.bench.certificate.passes import Answers, run_pass
 from laguna_serve.bench.certificate.rescoring import ask, attach, list_questions, summarise
@@ -57,9 +58,13 @@ MAX_ACCEPTED = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is certified. `missing` says of a control or path that cannot be had why (its name → the reason)."""
+    """What is certified. `missing` says of a control or path that cannot be had why (its name → the reason).
+
+    `identity` is None for endpoints by URL.
+    """
 
     specs: Mapping[str, ArmSpec]
+    identity: Identity | None
     missing: Mapping[str, str]
     prompts: Sequence[Prompt]
     max_tokens: int

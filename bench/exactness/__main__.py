@@ -20,7 +20,7 @@ from laguna_serve.bench.exactness.result import ExactnessResult, ExactPoint
 from laguna_serve.bench.harness.prompts import load_texts
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
-from laguna_serve.serving.kit.environment import cite_environment, current_argv, read_environment
+from laguna_serve.serving.kit.environment import Environment, cite_environment, current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_THREADS, BoundedConfig, Flag, FlagError, Quick
 from laguna_serve.serving.kit.progress import Progress
@@ -128,7 +128,7 @@ def check_proposals(config: ExactnessConfig) -> ExactnessResult:
         mode.read()
     environment, progress = read_environment(current_argv()), Progress()
     kept = config.out / "parts"
-    claim_folder(kept, _list_settings(config))
+    claim_folder(kept, _list_settings(config, environment))
     points: list[ExactPoint] = []
     for number, mode in enumerate(modes):
         part = kept / f"{mode.name}.json"
@@ -154,12 +154,20 @@ def check_proposals(config: ExactnessConfig) -> ExactnessResult:
     return result
 
 
-def _list_settings(config: ExactnessConfig) -> dict[str, object]:
-    """List what decides what a part holds."""
+def _list_settings(config: ExactnessConfig, environment: Environment) -> dict[str, object]:
+    """List what decides what a part holds, and what is said of it."""
     checkpoints = [fingerprint(str(path)) for path in (config.model, config.draft, config.proposals) if path]
     prompts = [fingerprint(str(config.prompts)), config.num_prompts, config.prompt_tokens]
     canvas = [config.canvas, config.block, config.states]
-    return {"checkpoints": checkpoints, "prompts": prompts, "canvas": canvas, "proposers": config.proposers}
+    computed = [environment.versions, environment.git_commit, environment.cpu, environment.isa, config.threads]
+    return {
+        "checkpoints": checkpoints,
+        "prompts": prompts,
+        "canvas": canvas,
+        "proposers": config.proposers,
+        "concurrency": config.concurrency,
+        "computed": computed,
+    }
 
 
 def _choose_proposers(config: ExactnessConfig, arms: Arms) -> Sequence[str]:

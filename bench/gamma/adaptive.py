@@ -13,6 +13,7 @@ from laguna_serve.bench.gamma.points import choose_sweep_order, join_point, meas
 from laguna_serve.bench.gamma.result import AdaptivePoint, MeasuredPoint, PointFigures, Schedule
 from laguna_serve.bench.harness.in_turn import measure_in_turn
 from laguna_serve.bench.harness.run import MeasurementStoppedError
+from laguna_serve.bench.stats.drift import widen_quotient
 from laguna_serve.bench.stats.intervals import bootstrap_ratio, pool_speedup
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Prompt
@@ -111,7 +112,7 @@ def compare_adaptive(
         if best is not None and gamma:
             own, other = Point.of(point), Point.of(best)
             against = pool_speedup(own.pairs) / pool_speedup(other.pairs)
-            interval = bootstrap_ratio(own.pairs, other.pairs, seed)
+            interval = widen_quotient(bootstrap_ratio(own.pairs, other.pairs, seed), point.drift, best.drift)
         figures = {name: getattr(point, name) for name in PointFigures.__struct_fields__}
         points.append(
             AdaptivePoint(

@@ -59,3 +59,12 @@ def find_drift(passes: Sequence[RoundPair], seed: int) -> Drift:
 def widen(interval: Interval, drift: Drift | msgspec.UnsetType | None) -> Interval:
     """Widen the interval, allowing for a drift where there was one to see."""
     return drift.widen(interval) if isinstance(drift, Drift) else interval
+
+
+def widen_quotient(
+    interval: Interval, over: Drift | msgspec.UnsetType | None, under: Drift | msgspec.UnsetType | None
+) -> Interval:
+    """Widen the interval of one such ratio ÷ another one: either may be wrong by its own drift."""
+    low, high = widen(interval, over)
+    least, most = under.reach if isinstance(under, Drift) else (1.0, 1.0)
+    return low / most, high / least

@@ -222,7 +222,7 @@ async def _run(config: CodeTasksConfig, work: Work) -> tuple[str, list[Sample]]:
         settings |= {"model": endpoint.model, "split": config.split or "", "limit": config.limit}
         settings |= {
             "only": list(config.only) or None,
-            "prompt_file": None if config.prompt_file is None else str(config.prompt_file),
+            "prompt_file": None if config.prompt_file is None else fingerprint(str(config.prompt_file)),
         }
         claim_folder(config.out, settings)
         progress.say(f"{endpoint.model}: {len(work.problems)} problems × {work.workload.samples} samples")

@@ -17,10 +17,10 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 
 from laguna_serve.evals.extraction.fences import OPENING, PYTHON_NAMES, find_fences, find_indented, list_readings
+from laguna_serve.evals.extraction.parser import Parser, list_names, list_read
 from laguna_serve.evals.problems.cruxeval_rows import find_value, is_literal
 from laguna_serve.evals.problems.problem import Form, Problem
 
@@ -50,48 +50,6 @@ CODE_LINE = re.compile(r"(def|async def|class|import|from|@)\b")
 
 class ExtractionError(ValueError):
     """An answer that is not looked into; the message says why."""
-
-
-class Parser:
-    """CPython's parser with a budget: once it is spent, nothing parses any more. `work`: characters handed over."""
-
-    def __init__(self, budget: int) -> None:
-        self.work, self._budget = 0, budget
-
-    def parse(self, code: str) -> ast.Module | SyntaxError | None:
-        """Parse code: its tree, what CPython says is wrong, or None where it says nothing of use."""
-        self.work += len(code)
-        if self.work > self._budget:
-            return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a model's invalid escape is no concern of ours
-            try:
-                return ast.parse(code)
-            except SyntaxError as error:
-                return error
-            except (ValueError, RecursionError, MemoryError):
-                return None
-
-    def find_definitions(self, code: str) -> list[ast.stmt]:
-        """Find the statements at the left margin; none of code that does not parse."""
-        tree = self.parse(code)
-        return tree.body if isinstance(tree, ast.Module) else []
-
-    def defines(self, code: str, name: str) -> bool:
-        """Whether it parses, with a function or class of this name (or an assignment to it) at its left margin."""
-        return any(name in _list_names(node) for node in self.find_definitions(code))
-
-    def compiles(self, code: str) -> bool:
-        """Unlike parsing, this finds a `return` outside of the function."""
-        tree = self.parse(code)
-        try:
-            return isinstance(tree, ast.Module) and compile(tree, "answer", "exec") is not None
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return False
-
-    def is_whole(self, code: str, name: str) -> bool:
-        """Whether it is a program that defines this name, and not a body with a function by that name in it."""
-        return self.defines(code, name) and self.compiles(code)
 
 
 def read_program(answer: str, problem: Problem, form: Form) -> tuple[str, bool]:
@@ -159,8 +117,8 @@ def _find_code_around_fences(text: str, problem: Problem, parser: Parser) -> str
 def _choose_fences(text: str, entry_point: str, parser: Parser) -> tuple[str | None, bool]:
     """Choose the last Python block that defines the function, after earlier ones that only define things, and True.
 
-    A usage example behind the solution is left out, a helper in a fence of its own is kept, also behind it. With no
-    such block, the last one (it may be the function's body) and False. None without fences.
+    A usage example before or behind the solution is left out, a helper in a fence of its own is kept, also behind it.
+    With no such block, the last one (it may be the function's body) and False. None without fences.
     """
     last: str | None = None
     for reading in list_readings(text):
@@ -170,7 +128,7 @@ def _choose_fences(text: str, entry_point: str, parser: Parser) -> tuple[str | N
         for index in reversed(named[-MAX_EARLIER_FENCES:]):
             if parser.defines(blocks[index], entry_point):
                 before = blocks[max(0, index - MAX_EARLIER_FENCES) : index]
-                earlier = [code for code in before if _only_defines(code, parser)]
+                earlier = _list_earlier(before, entry_point, parser)
                 behind = blocks[index + 1 : index + 1 + MAX_EARLIER_FENCES]
                 helpers = _find_helpers(behind, blocks[index], parser)
                 return "\n".join([*earlier, *helpers, blocks[index]]), True
@@ -250,18 +208,6 @@ def _find_header(problem: Problem) -> str:
     return ""
 
 
-def _list_names(node: ast.stmt) -> set[str]:
-    """List the names that a statement defines."""
-    match node:
-        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-            return {name}
-        case ast.Assign(targets=targets):
-            return {target.id for target in targets if isinstance(target, ast.Name)}
-        case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr()):
-            return {name}
-    return set()
-
-
 def _mentions(code: str, name: str) -> bool:
     """Whether a function or class of this name is begun, or something assigned to it, at the left margin.
 
@@ -270,19 +216,26 @@ def _mentions(code: str, name: str) -> bool:
     return re.search(rf"^(?:(?:async )?def|class) {name}\b|^{name}[ \t]*[:=]", code, re.MULTILINE) is not None
 
 
-def _only_defines(code: str, parser: Parser) -> bool:
-    body = parser.find_definitions(code)
-    return bool(body) and all(isinstance(node, DEFINITIONS) for node in body)
+def _list_earlier(blocks: list[str], entry_point: str, parser: Parser) -> list[str]:
+    """List the blocks that only define things, and do so before the function is there: what calls it is an example."""
+    earlier, there = [], False
+    for code in blocks:
+        body = parser.find_definitions(code)
+        if body and all(isinstance(node, DEFINITIONS) for node in body):
+            there = there or any(entry_point in list_names(node) for node in body)
+            if there or entry_point not in list_read(body):
+                earlier.append(code)
+    return earlier
 
 
 def _find_helpers(blocks: list[str], solution: str, parser: Parser) -> list[str]:
     """Find the blocks of nothing but functions and classes, one of which the solution calls and does not have."""
-    missing = set(CALLED.findall(solution)).difference(*map(_list_names, parser.find_definitions(solution)))
+    missing = set(CALLED.findall(solution)).difference(*map(list_names, parser.find_definitions(solution)))
     bodies = ((code, parser.find_definitions(code)) for code in (blocks if missing else ()))
     return [
         code
         for code, body in bodies
-        if all(isinstance(node, HELPERS) for node in body) and any(missing & _list_names(node) for node in body)
+        if all(isinstance(node, HELPERS) for node in body) and any(missing & list_names(node) for node in body)
     ]
 
 

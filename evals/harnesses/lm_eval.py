@@ -25,6 +25,10 @@ POLL_S = 0.2
 STOP_GRACE_S = 10.0
 # Of one answer, from the endpoint's queue to its last token.
 TIMEOUT_S = 3600
+# Of an answer with thoughts, where nobody chose a number; never more than half of the context.
+MAX_THINKING_TOKENS = 32768
+# Between what a run says and what the one said that was broken off before it.
+AGAIN = "== the same again =="
 # What the harness says when a question and one of its answers are longer than the context: it cuts the beginning off.
 CUT = "Left truncating context"
 # What the hub's libraries say where it cannot be reached.
@@ -50,7 +54,7 @@ class Target:
         tokenizer: folder or hub id, for log-likelihoods.
         limit: the first N questions of every task, or None.
         template: fields for the chat template, as {"enable_thinking": True}.
-        max_tokens: of an answer; None for the task's own number.
+        max_tokens: of an answer, as it was chosen; None where nobody did.
     """
 
     base_url: str
@@ -62,6 +66,16 @@ class Target:
     limit: int | None
     template: JsonObject = field(default_factory=dict)
     max_tokens: int | None = None
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """The most tokens of an answer: as chosen, or, with thoughts, what the context is likely to have room for.
+
+        None for the task's own number.
+        """
+        if self.max_tokens is None and self.template.get("enable_thinking") is True:
+            return max(1, min(MAX_THINKING_TOKENS, self.max_length // 2))
+        return self.max_tokens
 
 
 def find_harness() -> Harness:
@@ -96,7 +110,7 @@ def run_lm_eval(suite: Suite, target: Target, data: Path | None, folder: Path, p
     run_logged(suite.name, command, environment, log, progress)
     if not list(folder.rglob("results_*.json")):
         raise SuiteError(f"{suite.name}: expected lm-eval to leave results, got none; see {log}")
-    return count_cut(log)
+    return count_cut(log, target.concurrency)
 
 
 def list_arguments(suite: Suite, target: Target, folder: Path) -> list[str]:
@@ -128,8 +142,8 @@ def list_arguments(suite: Suite, target: Target, folder: Path) -> list[str]:
     elif suite.run == "generate":
         # The harness's own models put no token before a prompt; vLLM does unless it is asked not to.
         generation["add_special_tokens"] = False
-    if target.max_tokens is not None and suite.run == "generate":
-        generation["max_gen_toks"] = target.max_tokens
+    if target.answer_tokens is not None and suite.run == "generate":
+        generation["max_gen_toks"] = target.answer_tokens
     if generation:
         command += ["--gen_kwargs", json.dumps(generation)]
     if target.limit is not None:
@@ -142,11 +156,16 @@ def run_logged(
 ) -> None:
     """Run a command to its end, all it says into `log` and its newest line now and then on stderr.
 
+    What an earlier run said stays there.
+
     Raises:
         SuiteError: it failed.
     """
     progress.say(f"{name}: running; log in {log}")
-    with log.open("wb") as file:
+    with log.open("ab") as file:
+        if file.tell():
+            file.write(f"\n{AGAIN}\n".encode())
+            file.flush()
         child = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=dict(environment)
         )
@@ -184,6 +203,12 @@ def read_last_line(log: Path) -> str:
     return next((line[:200] for line in reversed(lines) if line and not line.startswith("{")), "nothing said yet")
 
 
-def count_cut(log: Path) -> int:
-    """Prompts that did not fit the context."""
-    return sum(CUT in line for line in log.read_text("utf-8", "replace").splitlines())
+def count_cut(log: Path, concurrency: int) -> int:
+    """Count the prompts that did not fit the context, those included that an earlier run had answered.
+
+    Where the harness asks several at once, it says so of all that it is to ask before the first one, else of each in
+    its turn.
+    """
+    runs = log.read_text("utf-8", "replace").split(AGAIN)
+    counts = [sum(CUT in line for line in run.splitlines()) for run in runs]
+    return max(counts) if concurrency > 1 else sum(counts)

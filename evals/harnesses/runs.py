@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 
 from laguna_serve.evals.harnesses.code_suites import check_suite, grade_samples, name_run, run_code_suite
-from laguna_serve.evals.harnesses.lm_eval import Target, find_harness, run_lm_eval
+from laguna_serve.evals.harnesses.lm_eval import MAX_THINKING_TOKENS, Target, find_harness, run_lm_eval
 from laguna_serve.evals.harnesses.results import NOTE, Note, read_scores
 from laguna_serve.evals.harnesses.settings import Suite, SuiteError, choose_suites, load_suites
 from laguna_serve.evals.harnesses.table import SuitesResult, merge, render_markdown
@@ -55,7 +55,8 @@ class SuitesConfig:
     max_tokens: Annotated[
         int | None,
         Flag(
-            "of an answer, thoughts included (default: the suite's own number; with --thinking on half of the context)",
+            "of an answer, thoughts included (default: the suite's own number; with --thinking on half of the context,"
+            f" at most {MAX_THINKING_TOKENS})",
             metavar="N",
             at_least=1,
         ),
@@ -226,6 +227,13 @@ def list_settings(suite: Suite, target: Target, root: str, data: Path | None) ->
     return {
         "suite": [suite.task, suite.shots, suite.seed, suite.split],
         "model": [target.model, root, fingerprint(root) if root else ""],
-        "asked": [target.max_length, target.tokenizer, target.chat, target.limit, target.template, target.max_tokens],
+        "asked": [
+            target.max_length,
+            target.tokenizer,
+            target.chat,
+            target.limit,
+            target.template,
+            target.answer_tokens,
+        ],
         "data": [[str(file.relative_to(data)), fingerprint(str(file))] for file in files] if data else [],
     }

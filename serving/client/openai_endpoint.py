@@ -21,7 +21,8 @@ from laguna_serve.serving.kit.results import JsonObject
 Form = Literal["chat", "completion"]
 # Which weights answered, named by servers whose weights change while they serve.
 VERSION_HEADERS = ("X-Weight-Version", "X-Draft-Version")
-TIMEOUT_S = 600.0
+# From the endpoint's queue to the last token: an answer with long thoughts comes whole, and nothing of it before.
+TIMEOUT_S, CONNECT_S = 3600.0, 30.0
 # Of an answer; a number beyond it is none, and none that a journal could hold.
 MOST_TOKENS = 1 << 40
 
@@ -59,7 +60,10 @@ class Endpoint:
         self.base_url = find_root(base_url) + "/v1"
         self.model = model or ""
         self._client = openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=api_key or "none", max_retries=retries, timeout=TIMEOUT_S
+            base_url=self.base_url,
+            api_key=api_key or "none",
+            max_retries=retries,
+            timeout=openai.Timeout(TIMEOUT_S, connect=CONNECT_S),
         )
 
     async def __aenter__(self) -> Endpoint:

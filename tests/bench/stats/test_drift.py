@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec import UNSET
 
-from laguna_serve.bench.stats.drift import Drift, find_drift, widen
+from laguna_serve.bench.stats.drift import Drift, find_drift, widen, widen_quotient
 from laguna_serve.bench.stats.intervals import RoundPair, pool_speedup
 
 
@@ -36,3 +36,12 @@ def test_steady_baseline_leaves_the_interval() -> None:
 
 def test_without_a_drift_nothing_is_widened() -> None:
     assert widen((1.4, 1.6), None) == widen((1.4, 1.6), UNSET) == (1.4, 1.6)
+
+
+def test_quotient_of_two_ratios_reaches_as_far_as_both_drifts_allow() -> None:
+    # 2.5 of both passes is 2 to 3 of either, and so is the other one: their quotient is 2/3 to 3/2.
+    drift = find_drift([RoundPair(100, 1.0, 100, 1.5)], seed=0)
+    assert widen_quotient((1.0, 1.0), drift, drift) == pytest.approx((2 / 3, 3 / 2))
+    assert widen_quotient((1.0, 1.0), drift, None) == pytest.approx((0.8, 1.2))
+    assert widen_quotient((1.0, 1.0), UNSET, drift) == pytest.approx((1 / 1.2, 1 / 0.8))
+    assert widen_quotient((0.9, 1.1), UNSET, None) == (0.9, 1.1)

@@ -35,6 +35,11 @@ CHAT = {
     "```python\ndef plus(a, b):\n    return 0\n```",
     "tests in a fence behind": f"```python\n{WHOLE}```\n```python\nimport nowhere\ndef test_it():\n    add(1, 2)\n```",
     "call in a fence before": f"You want\n```python\nraise SystemExit(add(1, 2))\n```\nso\n```python\n{WHOLE}```",
+    "usage before it": f"It is called so:\n```python\nresult = add(2, 3)\n```\nHere it is:\n```python\n{WHOLE}```",
+    "usage before it, with a helper": "```python\nfive = 5\n```\n```python\nclass Five:\n    value = add(2, 3)\n```\n"
+    f"```python\ndef helper(n=five):\n    return add(n, 0)\n```\n```python\n{WHOLE}\nassert helper() == 5\n```",
+    "usage between two tries": "```python\ndef plus(a, b):\n    return a + b\nadd = plus\nadd.twice = 2\n```\n"
+    f"```python\ntwo = add(1, 1)\n```\n```python\n{CALLS}```",
     "second try after the first": f"```python\ndef add(a, b):\n    return 0\n```\nNo:\n```python\n{WHOLE}```",
     "no fence": WHOLE,
     "no fence, prose around": f"The function is\n\n{WHOLE}\nThis adds two numbers.",

@@ -15,13 +15,8 @@ from walls_here import make_limits, needs_walls
 
 from laguna_serve.evals.codegen.grading import grade_answer
 from laguna_serve.evals.extraction import extract, worker
-from laguna_serve.evals.extraction.extract import (
-    MAX_ANSWER_CHARS,
-    ExtractionError,
-    Parser,
-    make_budget,
-    read_program,
-)
+from laguna_serve.evals.extraction.extract import MAX_ANSWER_CHARS, ExtractionError, make_budget, read_program
+from laguna_serve.evals.extraction.parser import Parser
 from laguna_serve.evals.extraction.worker import Worker, read_safely
 
 pytestmark = pytest.mark.slow

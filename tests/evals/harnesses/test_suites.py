@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from stub_harness import StubHarness
 
 from laguna_serve.evals import suites
 from laguna_serve.evals.harnesses import lm_eval
+from laguna_serve.evals.harnesses.lm_eval import AGAIN, CUT, count_cut, run_logged
 from laguna_serve.evals.harnesses.settings import SuiteError, load_suites
+from laguna_serve.serving.kit.progress import Progress
 
 # Left by lm-eval 0.4.13 and evalplus 0.3.1 against the toy teacher and on made-up samples; without the long fields.
 RESULTS = Path(__file__).resolve().parent / "suite_results"
@@ -182,6 +186,11 @@ def test_harness_is_asked_with_the_pinned_settings_once(harness: StubHarness, ru
                 '{"chat_template_kwargs": {"effort": 2, "enable_thinking": true}, "max_gen_toks": 9}',
             ],
         ),
+        (
+            ["--chat", "--thinking", "on"],  # half of the context of 64 tokens
+            "local-chat-completions",
+            ["--gen_kwargs", '{"chat_template_kwargs": {"enable_thinking": true}, "max_gen_toks": 32}'],
+        ),
     ],
 )
 def test_prompts_to_be_answered_are_sent_as_text(
@@ -200,6 +209,17 @@ def test_cut_prompts_are_told(harness: StubHarness, run: Any, tmp_path: Path, mo
     monkeypatch.setenv("STUB", "cut")
     assert "cut prompts 1" in run("arc-challenge")[2]
     assert "cut prompts 1" in (tmp_path / "out" / "suites.md").read_text()
+
+
+@pytest.mark.parametrize(("concurrency", "cut"), [(1, 3), (16, 2)])
+def test_prompts_cut_before_an_interruption_count(tmp_path: Path, concurrency: int, cut: int) -> None:
+    """Several at once are all looked at before the first is asked, and the second run looks at what was left."""
+    log, said = tmp_path / "log", f"Context length (90) … > max_length (64). {CUT}."
+    log.write_text(f"{said}\n{said}\nKeyboardInterrupt\n{AGAIN}\n{said}\n")
+    assert count_cut(log, concurrency) == cut
+    run_logged("a", [sys.executable, "-c", f"print('{said}')"], os.environ, log, Progress())
+    assert log.read_text().count(AGAIN) == 2
+    assert count_cut(log, concurrency) == max(cut, 2) + (concurrency == 1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from walls_here import needs_walls
 from laguna_serve.evals import suites
 from laguna_serve.evals.harnesses import code_suites as code_suites
 from laguna_serve.evals.harnesses import lm_eval
-from laguna_serve.evals.harnesses.code_suites import MAX_THINKING_TOKENS, PACKAGED, choose_max_tokens, name_run
+from laguna_serve.evals.harnesses.code_suites import PACKAGED, choose_max_tokens, name_run
 from laguna_serve.evals.harnesses.lm_eval import Target
 from laguna_serve.evals.harnesses.settings import choose_suites, load_suites
 from laguna_serve.evals.problems.protocols import PROTOCOLS
@@ -153,7 +153,7 @@ def test_samples_of_evalplus_get_both_verdicts(tmp_path: Path, capsys: pytest.Ca
         ({}, None, 512, 256),
         ({"enable_thinking": False}, None, 100_000, PROTOCOLS["evalplus"].max_tokens),
         ({"enable_thinking": True}, None, 20_000, 10_000),
-        ({"enable_thinking": True}, None, 1_000_000, MAX_THINKING_TOKENS),
+        ({"enable_thinking": True}, None, 1_000_000, 32_768),
         ({"enable_thinking": True}, 77, 20_000, 77),
     ],
 )

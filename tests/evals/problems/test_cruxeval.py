@@ -115,7 +115,10 @@ def test_whole_run(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with answering(lambda body: "[ANSWER] {6: 2} [/ANSWER]") as server:
         flags = ["--base-url", server.url, "--problems", str(FILE), "--form", form, "--out", str(tmp_path / "out")]
         assert code_tasks.main([*flags, "--prompt-file", str(template)]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        template.write_text("What is this?\n{code}\nf({input})\n")
+        assert code_tasks.main([*flags, "--prompt-file", str(template)]) == 2  # what is there answers another prompt
+    assert "got another one's; choose another --out" in capsys.readouterr().err
     assert result["pass_at_k"]["1"]["point"] == pytest.approx(1 / 3)
     assert result["weak_problems"] is None  # a constant may be the right value: no universal wrong answers
     assert result["prompt_file"]["name"] == "prompt.txt"
