@@ -22,6 +22,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, FastAPI, HTTPException, Response
 
 from laguna_serve.serving.gateway.clients.asgi import Receive, RelayApp, Scope, Send
+from laguna_serve.serving.gateway.config.endpoint import TOKEN
 from laguna_serve.serving.gateway.engines.transfer import Transfer, TransferError, name_next
 from laguna_serve.serving.gateway.engines.update import PauseMode, UpdateRequest, Version
 from laguna_serve.serving.gateway.engines.weights import RESET, StepError, WeightGroup
@@ -163,7 +164,7 @@ class _Relayed:
         raw = (scope.get("raw_path") or scope["path"].encode()).removeprefix(PREFIX.encode())
         headers = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
         user, _ = read_basic(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
-        if user:
+        if TOKEN.fullmatch(user):  # nothing else could be a header's
             headers.append((b"authorization", b"Bearer " + user.encode()))
         await RelayApp(self._find().relay)({**scope, "path": path, "raw_path": raw, "headers": headers}, receive, send)
 

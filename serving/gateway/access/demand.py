@@ -56,6 +56,11 @@ class Demand(NamedTuple):
 NOTHING = Demand()
 
 
+def is_free(method: str, path: str) -> bool:
+    """Whether an answer costs nothing, whatever it tells of tokens: it counts them, or repeats what was made before."""
+    return method != "POST" or path in FREE
+
+
 def estimate(path: str, asked: Asked, size: int, assumed_output: int) -> Demand:
     """Estimate what a request with a body of `size` bytes costs; `assumed_output` where it does not say."""
     if not asked.is_json or path in FREE:

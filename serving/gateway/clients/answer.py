@@ -56,6 +56,7 @@ class Answer:
     an ASGI scope nor a task.
 
     `incomplete`: the relay still waits for the body; `more_body`: its end has not come, whether anybody waits or not.
+    `taken`: the relay has it, so that there is an exchange.
     """
 
     __slots__ = (
@@ -78,6 +79,7 @@ class Answer:
         "on_response",
         "response_complete",
         "response_started",
+        "taken",
     )
     exchange: Exchange
     on_response: object
@@ -91,6 +93,7 @@ class Answer:
         self.keep_alive, self.expects_continue = keep_alive, expects_continue
         self.body: bytes | bytearray = b""
         self.more_body = self.incomplete = True
+        self.taken = False
         self.response_started = self.response_complete = self.disconnected = False
         self._chunked = self._silent = self._ends_with_connection = False
         self._unsent: list[bytes] = []
@@ -98,6 +101,7 @@ class Answer:
     def begin(self) -> None:
         """Take this request's turn. Its body may be there already, if it waited behind another one."""
         self.exchange = self._relay.begin(self.head, self)
+        self.taken = True
         if self.exchange.finished:
             return
         if not self.more_body:

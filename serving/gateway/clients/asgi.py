@@ -69,8 +69,9 @@ class RelayApp:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ConnectionError
-            body += message.get("body", b"")
-            self._relay.hold(exchange, len(body))
+            if not exchange.finished:  # else it is read to its end, for nobody
+                body += message.get("body", b"")
+                self._relay.hold(exchange, len(body))
             if not message.get("more_body", False):
                 sink.body_is_due = False
                 return bytes(body)

@@ -28,7 +28,8 @@ from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.wire.headers import read_head
 
 # What a connection's timer is set for.
-# Requests of one connection that waited behind another one, and are begun before others have their turn.
+# Requests of one connection that are begun before others have their turn: of what came at once, or waited behind
+# another one.
 MOST_AT_ONCE = 16
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class GatewayProtocol(StrictProtocol):
         # What was begun last; of those that wait behind it some are being begun.
         self._begun: Any = None
         self._going_on = False
+        self._at_once = 0
         self._held: list[bytes] = []
         self._peer = ""
 
@@ -81,6 +83,7 @@ class GatewayProtocol(StrictProtocol):
         """Let a request that begins wait for its turn; what belongs to one that has begun does not."""
         if self._held:
             self._held.append(data)
+            self.flow.pause_reading()
         elif self._answer is not None or self.turns.take(self.loop):
             self._take(data)
         else:
@@ -89,14 +92,19 @@ class GatewayProtocol(StrictProtocol):
 
     def _take_held(self) -> None:
         held, self._held = self._held, []
+        if len(held) > 1:
+            self.flow.resume_reading()
         for data in held:
             if self.parser is not None:  # the connection is there
                 self._take(data)
 
     def _take(self, data: bytes) -> None:
-        if self._timer.awaited == NEXT:
+        if self._timer.awaited == NEXT and not self.flow.write_paused:
             self._timer.awaited = NOTHING
+        self._at_once = 0
         super().data_received(data)
+        if self.pipeline:
+            self._go_on_soon()
         self._watch()
 
     def _feed(self, data: bytes) -> None:
@@ -137,7 +145,9 @@ class GatewayProtocol(StrictProtocol):
             expects_continue=self.expect_100_continue and version != "1.0",
         )
         before, self.cycle = self.cycle, answer
-        if before is None or before.response_complete:
+        self._at_once += 1
+        free = before is None or before.response_complete
+        if free and self._at_once <= MOST_AT_ONCE and not self.flow.write_paused:
             self._start_asgi_task(answer, self.app)
         else:
             self.pipeline.appendleft((answer, self.app))  # type: ignore[arg-type]
@@ -181,14 +191,15 @@ class GatewayProtocol(StrictProtocol):
     def pause_writing(self) -> None:
         """Pause the engine's connection: the client takes no more for now."""
         super().pause_writing()
-        if self._answer is not None:
+        if self._answer is not None and self._answer.taken:
             self._answer.exchange.pause()
 
     def resume_writing(self) -> None:
-        """Resume the engine's connection: the client has caught up."""
+        """Resume the engine's connection, or go on with what waits: the client has caught up."""
         super().resume_writing()
-        if self._answer is not None:
+        if self._answer is not None and self._answer.taken:
             self._answer.exchange.resume()
+        self._go_on_soon()
 
     def on_response_complete(self) -> None:
         """Let the next request of this connection begin."""
@@ -196,26 +207,34 @@ class GatewayProtocol(StrictProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
-        if not self._going_on:
-            self._go_on()
+        if len(self.pipeline) <= MAX_PIPELINED:
+            self.flow.resume_reading()
+        if self.pipeline:
+            self._go_on_soon()
+        elif not self._going_on:
+            self._watch()
+
+    def _go_on_soon(self) -> None:
+        """Go on when what calls this has ended: the last answer has given back all that it had by then."""
+        if not self._going_on and self._may_begin():
+            self._going_on = True
+            self.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         """Begin what waits behind the last answer, until something takes longer; more of it than a few, in turns."""
-        self._going_on = True
         for _ in range(MOST_AT_ONCE):
             if self._may_begin():
                 self._start_asgi_task(*self.pipeline.pop())
         self._going_on = False
-        if self._may_begin():
-            self.loop.call_soon(self._go_on)
+        self._go_on_soon()
         if not self.transport.is_closing():
             self._watch()
 
     def _may_begin(self) -> bool:
-        begun = self._begun
-        free = begun is None or begun.response_complete
-        return free and bool(self.pipeline) and not self.transport.is_closing()
+        return bool(self.pipeline) and self._is_free() and not (self.flow.write_paused or self.transport.is_closing())
+
+    def _is_free(self) -> bool:
+        return self._begun is None or self._begun.response_complete
 
     def _unset_keepalive_if_required(self) -> None:
         """uvicorn ends its timer for idle connections here; ours is one for everything."""
@@ -240,7 +259,9 @@ class GatewayProtocol(StrictProtocol):
 
         Most requests come whole, and are not waited for.
         """
-        if self._head_bytes is not None:
+        if self.flow.write_paused and self._is_free():
+            awaited, within_s = NEXT, self.timeout_keep_alive  # that the client reads the answers that it has
+        elif self._head_bytes is not None:
             awaited, within_s = HEAD, self.header_timeout_s
         elif self._answer is not None:
             awaited, within_s = BODY if self._answer.incomplete else NOTHING, self._relay.config.server.body_timeout_s
@@ -259,6 +280,8 @@ class GatewayProtocol(StrictProtocol):
                 self.refuse(refusals.head_too_slow())
         elif awaited == BODY and self._answer is not None:
             self._answer.give_up()
+        elif awaited == NEXT and self.transport.get_write_buffer_size():
+            self.transport.abort()  # a client that takes nothing would keep it open
         elif awaited == NEXT:
             self.timeout_keep_alive_handler()
 

@@ -33,13 +33,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """The engines of one model."""
+    """The engines of one model. `held`: those that were paused last; a reload may have taken some of them out."""
 
     model: Model
     limits: Limits
     clock: Callable[[], float] = time.monotonic
     engines: list[Engine] = field(default_factory=list)
     paused: bool = False
+    held: list[Engine] = field(default_factory=list)
     versions: tuple[bytes, bytes] = UNVERSIONED
     updated: bool = False
     waits: Waits = field(init=False)
@@ -204,15 +205,17 @@ class Pool:
         """Let requests that come wait in the queue until `resume`; engines may be silent."""
         self.paused = True
         logger.info("model %s paused: requests wait", self.model.name)
-        for engine in self.engines:
+        self.held = list(dict.fromkeys((*self.held, *self.engines)))
+        for engine in self.held:
             engine.origin.silence_allowed = True
 
     def resume(self) -> None:
         """Go on; those who waited look again."""
         self.paused = False
         logger.info("model %s resumed", self.model.name)
-        for engine in self.engines:
+        for engine in {*self.engines, *self.held}:
             engine.origin.silence_allowed = False
+        self.held = []
         self._line.wake_all()
 
     def set_versions(self, weights: str | None, draft: str | None) -> None:
@@ -267,10 +270,11 @@ class Pool:
         self.waits = Waits(limits.first_byte_timeout_s, limits.read_timeout_s)
 
     def _make_engine(self, upstream: Upstream) -> Engine:
-        """Where weights have been updated, one that comes is sent nothing before it has said which it has."""
+        """Where weights have been updated, or are, one that comes is sent nothing before it has said which it has."""
         origin = Origin(upstream.url)
         origin.configure(upstream)
-        return Engine(upstream, origin, healthy=False if self.updated else None, refused=self.updated)
+        doubted = self.updated or self.paused
+        return Engine(upstream, origin, healthy=False if doubted else None, refused=doubted)
 
     def _list_allowed(self, engines: list[Engine], policy: WeightPolicy) -> list[Engine]:
         """List those whose weights may answer. Raises GatewayError: there is none."""

@@ -65,10 +65,14 @@ class WeightGroup:
             raise
 
     async def resume(self, engines: Sequence[Engine] | None = None) -> None:
-        """Every engine goes on, or those given. One that cannot is fenced off, and one in the middle of an update."""
+        """Every engine goes on, or those given. One that cannot is fenced off, and one in the middle of an update.
+
+        One that a reload has taken out since it was paused goes on, too: it has requests to finish.
+        """
         self.fence_changed()
+        gone = [engine for engine in self.pool.held if engine not in self.pool.engines]
         try:
-            await self.call("/resume", self.pool.engines if engines is None else engines)
+            await self.call("/resume", [*self.pool.engines, *gone] if engines is None else engines)
         except StepError as error:
             for engine, reason in error.errors.items():
                 engine.fence(f"/resume: {reason}")
@@ -174,7 +178,7 @@ class WeightGroup:
         whole = update.model_copy(update={"weight_version": weights.decode(), "draft_version": draft.decode()})
         restored = list[Engine]()
         for engine, changed in self._changed.items():
-            if changed - whole.list_parts():
+            if engine.removed or changed - whole.list_parts():
                 continue
             with contextlib.suppress(StepError):
                 await self._load(whole, [engine])
@@ -209,7 +213,8 @@ class WeightGroup:
         One that another part is still unknown of does not.
         """
         reached = self.pool.engines if engines is None else engines
-        left = {e: changed.difference(parts if e in reached else ()) for e, changed in self._changed.items()}
+        known = {engine: changed for engine, changed in self._changed.items() if not engine.removed}
+        left = {e: changed.difference(parts if e in reached else ()) for e, changed in known.items()}
         self._changed = {engine: changed for engine, changed in left.items() if changed}
         self.pool.set_versions(weight_version, draft_version)
         self.fence_changed()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from laguna_serve.serving.gateway.access.demand import NOTHING, Demand
+from laguna_serve.serving.gateway.access.demand import NOTHING, Demand, is_free
 from laguna_serve.serving.gateway.access.holder import Claim
 from laguna_serve.serving.gateway.relay.exchange import CLIENT_GONE, Exchange
 from laguna_serve.serving.gateway.telemetry.usage import read_usage
@@ -10,13 +10,15 @@ from laguna_serve.serving.gateway.wire.sse import RESPONSES
 
 
 def find_used(exchange: Exchange, claim: Claim) -> Demand | None:
-    """Find what a request has cost; None if no engine had it.
+    """Find what a request has cost; None if no engine had it, nothing for what makes no tokens.
 
     An answer that is complete and tells nothing costs what was estimated, of a stream a token per piece. One that ended
     early costs its prompt, by the estimate if nothing better is known, and a token per piece that came.
     """
     if exchange.sent_s is None:
         return None
+    if is_free(exchange.head.method, exchange.head.path):
+        return NOTHING
     if exchange.usage is not None:
         prompt, output = exchange.usage  # of some streams the beginning alone tells the prompt's
         return Demand(prompt or claim.demand.prompt, output)

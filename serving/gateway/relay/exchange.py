@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from laguna_serve.serving.gateway.access.demand import is_free
 from laguna_serve.serving.gateway.access.edits import CHOICES_END, USAGE, drop_usage
 from laguna_serve.serving.gateway.access.heads import list_headers
 from laguna_serve.serving.gateway.access.holder import Claim, Holder
@@ -272,7 +273,7 @@ class Exchange(Waiter):
             self.sink.write(rest)
         self.sink.end()
         self.engine.note_success()
-        if self.status == 200:
+        if self.status == 200 and not is_free(self.head.method, self.head.path):
             spread_s = self.last_s - self.first_s if self.streams and self.first_s is not None else None
             self.usage = count_tokens(self.engine.stats, b"".join(self.recent), spread_s)
         self._finish()

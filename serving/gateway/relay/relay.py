@@ -166,10 +166,12 @@ class Relay:
             raise errors.body_too_large(most)
 
     def hold(self, exchange: Exchange, size: int) -> None:
-        """Count the bytes that have come of a request's body by now.
+        """Count the bytes that have come of a request's body by now; none of one that has been answered already.
 
         Raises GatewayError: 413, or 429 they are too many together with all that wait.
         """
+        if exchange.finished:
+            return
         self.check_size(size, is_options=exchange.head.method == "OPTIONS")
         self.backlog.hold(exchange, size)
 
@@ -255,8 +257,12 @@ class Relay:
         self._dispatch(exchange, body, pool, asked)
 
     def _place(self, name: str, upstream: Upstream | None) -> None:
-        """Take where the engine of a model is now that the gateway owns; None: it has none."""
-        if (pool := self.pools.get(name)) is not None:
+        """Take where the engine of a model is now that the gateway owns; None: it has none.
+
+        One that a reload has given to others' engines meanwhile keeps those.
+        """
+        pool = self.pools.get(name)
+        if pool is not None and pool.model.engine is not None:
             upstreams = () if upstream is None else (upstream,)
             pool.configure(pool.model.model_copy(update={"upstreams": upstreams}), pool.limits)
             for engine in pool.engines:  # its counters go on where those of the last one were

@@ -21,7 +21,6 @@ from laguna_serve.serving.client.sse import DONE, list_payloads
 from laguna_serve.serving.gateway.config.tables import Model, Shadow
 from laguna_serve.serving.gateway.relay.exchange import Exchange
 from laguna_serve.serving.gateway.telemetry.copies import Copied, Copies, Dropped
-from laguna_serve.serving.gateway.wire.headers import Head
 
 MOST_AT_ONCE = 32
 # Of a request, and of each of its two answers.
@@ -60,14 +59,15 @@ class Shadows:
         """Send copies of a request to the model's shadows, where it is one that can be compared; have it recorded."""
         if self._record is not None:
             self._record(exchange, body)
-        if not model.shadows or exchange.head.path not in PATHS or not _is_greedy(body):
+        head = exchange.head
+        if not model.shadows or head.method != "POST" or head.path not in PATHS or not _is_greedy(body):
             return
         for shadow in model.shadows:
             if len(self._tasks) >= MOST_AT_ONCE or len(body) > MOST_BYTES:
                 self._outcomes.labels(model.name, shadow.name, LEFT_OUT).inc()
                 continue
             answer = exchange.keep_answer(self._copies, MOST_BYTES)
-            task = asyncio.create_task(self._compare(model.name, shadow, exchange.head, body, answer))
+            task = asyncio.create_task(self._compare(model.name, shadow, exchange, body, answer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -78,9 +78,9 @@ class Shadows:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _compare(
-        self, model: str, shadow: Shadow, head: Head, body: bytes, answer: asyncio.Future[Copied]
+        self, model: str, shadow: Shadow, exchange: Exchange, body: bytes, answer: asyncio.Future[Copied]
     ) -> None:
-        outcome, where = "failed", None
+        outcome, where, head = "failed", None, exchange.head
         request_id = head.request_id.decode()
         try:
             timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
@@ -90,7 +90,8 @@ class Shadows:
             async with self._session.post(url, data=body, timeout=timeout, **options) as response:
                 theirs = await _read_whole(response.content) if response.status == 200 else None
             ours = None if isinstance(theirs, Dropped) else await answer
-            if isinstance(ours, Dropped) or isinstance(theirs, Dropped):
+            is_others = exchange.fallback_from is not None  # whose tokens are nothing to compare with
+            if is_others or isinstance(ours, Dropped) or isinstance(theirs, Dropped):
                 outcome = LEFT_OUT
             elif ours is not None and theirs is not None:
                 where = await asyncio.to_thread(_compare_bodies, ours, theirs)  # 30 ms per MB, while streams go on

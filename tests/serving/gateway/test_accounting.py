@@ -209,6 +209,24 @@ def test_what_a_request_says_of_usage_is_not_believed() -> None:
         assert read_usage(front)["today"] == {"m": tally(1, PROMPT, 1)}
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/messages/count_tokens", b'{"model": "m", "messages": []}'), ("/v1/responses/resp_1", None)]
+)
+def test_what_makes_no_tokens_costs_none(path: str, body: bytes | None) -> None:
+    """To count them, or to read again what was made before, whatever such an answer says."""
+
+    async def count(exchange: Exchange) -> None:
+        await exchange.answer(b'{"input_tokens": 900, "usage": {"input_tokens": 900, "output_tokens": 9}}')
+
+    with Upstream({path: count}) as engine, gateway(engine, keys=[make_key(tokens_per_day=1000)]) as front:
+        for _ in range(2):
+            assert front.ask(path, body, KEY).status == 200
+        front.wait_idle()
+        usage = read_usage(front)
+        assert (usage["today"], usage["tokens_today"]) == ({"m": tally(2)}, 0)
+        assert [engine.stats.prompt_tokens for engine in front.relay.pools["m"].engines] == [0]
+
+
 @pytest.mark.parametrize("cut", [0, 8, 30], ids=["whole", "in-the-first", "in-the-second"])
 def test_usage_is_found_where_much_follows_it(cut: int) -> None:
     """vLLM's chats have the prompt's token ids and log-probabilities behind it."""

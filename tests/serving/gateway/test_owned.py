@@ -8,9 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from gateway_fakes import wait_until
+from gateway_fakes import Upstream, wait_until
 from residence_fakes import PATH, ask, list_engines, owning
 
+from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.wire.paths import (
     ANSWERED,
     NEWER,
@@ -213,6 +214,18 @@ def test_admin_port_lists_loads_pins_and_unloads(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+def test_a_model_that_a_reload_gives_to_others_engines_keeps_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with Upstream() as outside, owning(monkeypatch, tmp_path, {"a": {}}) as front:
+        assert ask(front, "a").status == 200
+        models = [{"name": "a", "upstreams": [{"name": "outside", "url": outside.url}]}]
+        config = parse_config({"models": models, "server": {"port": 0}}, "test")
+        front.server.call(lambda relay: relay.configure(config))
+        wait_until(lambda: not list_engines())
+        assert ask(front, "a").header("x-upstream") == "outside"
+
+
 def test_a_reload_changes_engines_when_they_are_idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with owning(monkeypatch, tmp_path, {"a": {}}) as front:
         first = ask(front, "a").json()

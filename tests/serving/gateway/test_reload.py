@@ -9,9 +9,11 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from gateway_engine import RlEngine
 from gateway_fakes import Exchange, Upstream, gateway, make_request, read_reply, wait_until
 from test_config import process
 
@@ -160,6 +162,44 @@ def test_engine_that_is_removed_is_drained(caplog: pytest.LogCaptureFixture) -> 
         assert front.ask(PATH, b'{"model": "m"}').header("x-upstream") == "b"
     of_engine = [message for message in caplog.messages if message.startswith("engine a ")]
     assert of_engine == ["engine a removed; requests in flight: 1", "engine a drained"]
+
+
+def test_engine_that_is_removed_in_an_update_of_weights_goes_on() -> None:
+    """Its streams were held until their clients went, as nobody let it go on."""
+    with RlEngine() as one, RlEngine() as two, gateway(one, two, limits={"read_timeout_s": 60.0}) as front:
+        old = list(front.relay.pools["m"].engines)
+        assert front.ask_admin("/pause?mode=keep", {}).status == 200
+        assert (one.paused, two.paused) == (True, True)
+        models = [{"name": "m", "upstreams": [{"name": "a", "url": one.url}]}]
+        reload(front, lambda: parse_config({"models": models}, "test"))
+        wait_until(lambda: old[1].removed)
+        assert front.ask_admin("/resume", {}).status == 200
+        assert (one.paused, two.paused) == (False, False)
+        assert [engine.origin.silence_allowed for engine in old] == [False, False]
+
+
+def test_engine_that_comes_in_an_update_of_weights_answers_nothing_before_it_was_asked() -> None:
+    """It has the checkpoint's; the update was none of its."""
+    go_on = asyncio.Event()
+    with RlEngine() as one, RlEngine() as new, gateway(one) as front, ThreadPoolExecutor(1) as beside:
+
+        async def take_long(exchange: Exchange) -> None:
+            await go_on.wait()
+            await one.step(exchange)
+
+        one.handlers["/update_weights"] = take_long
+        update = {"weight_version": "7", "update": [{"names": ["w"]}]}
+        updated = beside.submit(front.ask_admin, "/admin/update_weights", update)
+        wait_until(lambda: any("/update_weights" in exchange.line for exchange in one.seen))
+        models = [{"name": "m", "upstreams": [{"name": n, "url": u.url} for n, u in (("a", one), ("c", new))]}]
+        reload(front, lambda: parse_config({"models": models}, "test"))
+        wait_until(lambda: len(front.relay.pools["m"].engines) == 2)
+        one._loop.call_soon_threadsafe(go_on.set)
+        assert updated.result(10).json()["outcome"] == "updated"
+        assert {front.ask(PATH, b'{"model": "m"}').header("x-upstream") for _ in range(6)} == {"a"}
+        engine = front.relay.pools["m"].engines[1]
+        wait_until(lambda: engine.fenced is not None)
+        assert engine.fenced == "weights: expected version 7, got default"
 
 
 @pytest.mark.slow

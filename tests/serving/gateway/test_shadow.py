@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from gateway_fakes import SSE, Exchange, Gateway, Handler, Upstream, gateway, wait_until
+from gateway_fakes import NOBODY, SSE, Exchange, Gateway, Handler, Upstream, gateway, wait_until
 
 from laguna_serve.serving.gateway.relay import shadow
 from laguna_serve.serving.gateway.relay.shadow import find_difference, read_answer
@@ -85,6 +85,35 @@ def test_answers_are_compared_beside_the_streams(monkeypatch: pytest.MonkeyPatch
         front.server.call(lambda _: threads.append(threading.get_ident()))
     assert len(threads) == 3
     assert threads[-1] not in threads[:-1]
+
+
+def test_only_what_makes_an_answer_is_copied() -> None:
+    """OPTIONS needs no key: copies of it would be asked with the shadow's."""
+
+    async def refuse(exchange: Exchange) -> None:
+        await exchange.answer(b"{}", status="405 Method Not Allowed")
+
+    with (
+        Upstream({PATH: refuse}) as engine,
+        Upstream({PATH: say(1)}) as second,
+        gateway(engine, model={"shadows": [{"name": "s", "url": second.url}]}) as front,
+    ):
+        assert front.ask(PATH, GREEDY, method="OPTIONS").status == 405
+        assert front.ask(PATH, GREEDY).status == 405
+        wait_until(lambda: outcomes(front) == {"failed": 1.0})
+        assert len(second.seen) == 1
+
+
+def test_answer_of_another_model_is_not_compared() -> None:
+    with Upstream({PATH: say(9)}) as other, Upstream({PATH: say(1)}) as second:
+        shadows = [{"name": "s", "url": second.url}]
+        models = [
+            {"name": "m", "upstreams": [{"name": "m-a", "url": NOBODY}], "shadows": shadows, "fallback": ["other"]},
+            {"name": "other", "upstreams": [{"name": "other-a", "url": other.url}]},
+        ]
+        with gateway(models=models) as front:
+            assert front.ask(PATH, GREEDY).header("x-fallback-from") == "m"
+            wait_until(lambda: outcomes(front) == {"left_out": 1.0})
 
 
 def test_shadow_that_fails_changes_nothing() -> None:

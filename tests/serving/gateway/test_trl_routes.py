@@ -192,6 +192,28 @@ def test_one_of_several_models_is_all_that_a_trainer_sees() -> None:
         assert ask_all(front) == {("a", "default")}
 
 
+def test_body_of_a_refused_request_is_not_counted_for_good() -> None:
+    digests = [hashlib.sha256(key).hexdigest() for key in (b"root", b"sk")]
+    tables: dict[str, Any] = {"admin": {**SWITCH, "sha256": digests[0]}, "keys": [{"name": "k", "sha256": digests[1]}]}
+    with TrlEngine() as one, gateway(one, **tables, limits={"max_queued_bytes": 100_000}) as front:
+        body = {"model": "m", "prompt": "x" * 60_000}
+        for _ in range(3):
+            assert front.ask_admin(f"/trl{PATH}", body, basic("other", "root")).status == 401
+        assert front.relay.backlog.total == 0
+        assert front.ask_admin(f"/trl{PATH}", body, basic("sk", "root")).status == 200
+
+
+def test_user_that_is_no_key_is_no_header() -> None:
+    """It was written as it came, line ends and all: a second request to the engine, behind the first one."""
+    user = "x\r\n\r\nPOST /collective_rpc HTTP/1.1"
+    with TrlEngine() as one, gateway(one, admin=SWITCH) as front:
+        assert front.ask_admin(f"/trl{PATH}", json.loads(BODY), basic(user, "")).status == 200
+        assert front.ask_admin(f"/trl{PATH}", json.loads(BODY), basic("sk", "")).status == 200
+        asked = [exchange for exchange in one.seen if PATH in exchange.line]
+        assert [b"authorization: Bearer sk" in exchange.head for exchange in asked] == [False, True]
+        assert not any("collective_rpc" in exchange.line for exchange in one.seen)
+
+
 def basic(user: str, password: str) -> str:
     return f"authorization: Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}\r\n"
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import threading
 from typing import Any
 
 import pytest
-from gateway_fakes import Exchange, Gateway, Upstream, gateway, read_reply
+from gateway_fakes import Exchange, Gateway, Upstream, gateway, read_reply, wait_until
 from raw_requests import PATH, ask, post
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from laguna_serve.serving.gateway.access.asked import MAX_FIELDS, UnreadableError, read_asked
 from laguna_serve.serving.gateway.clients.protocol import MOST_AT_ONCE
@@ -81,6 +83,55 @@ def test_thousands_of_requests_behind_a_slow_one_are_answered(caplog: pytest.Log
         assert answered.startswith(b"HTTP/1.1 200 ")
         assert answered.count(b"HTTP/1.1 404 ") == count + 1
         expect_clean(front, caplog)
+
+
+def test_client_that_reads_no_answers_gets_no_more_and_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
+    """Of 400,000 requests those are answered that fit the buffers between; others have their turn meanwhile."""
+    count = 400_000
+    with Upstream() as engine, gateway(engine, keys=[KEY], server={"keepalive_s": 0.5}) as front:
+        state = front.server.server_state
+        with front.connect() as client:
+            client.settimeout(0.2)
+            with pytest.raises((TimeoutError, ConnectionResetError)):
+                client.sendall(ask("GET", "/v1/x") * count)
+            assert front.ask("/health").status == 200
+            for protocol in list(state.connections):
+                assert len(protocol.pipeline) < count // 10
+                assert protocol.transport.get_write_buffer_size() < 2 * HIGH_WATER_LIMIT
+            assert state.total_requests < count // 2
+            wait_until(lambda: not state.connections)
+        expect_clean(front, caplog)
+
+
+def test_client_that_reads_later_gets_all_answers(caplog: pytest.LogCaptureFixture) -> None:
+    count = 20_000
+    with Upstream() as engine, gateway(engine, keys=[{**KEY, "max_in_flight": 1}]) as front, front.connect() as client:
+        sending = threading.Thread(
+            target=client.sendall, args=(ask("GET", "/v1/x") * count + ask("GET", "/v1/x", CLOSE),)
+        )
+        sending.start()
+        wait_until(lambda: any(protocol.flow.write_paused for protocol in front.server.server_state.connections))
+        answered = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        sending.join()
+        assert answered.count(b"HTTP/1.1 401 ") == count + 1
+        expect_clean(front, caplog)
+
+
+def test_request_behind_another_one_has_its_place() -> None:
+    """Of a key that may have one in flight: the one before has ended."""
+    with Upstream() as engine, gateway(engine, keys=[{**KEY, "max_in_flight": 1}]) as front:
+        answered = tell(front, post(AUTH) * 5 + post(AUTH + CLOSE))
+        assert answered.count(b"HTTP/1.1 200 ") == 6
+
+
+@pytest.mark.parametrize(("method", "headers"), [("POST", AUTH), ("OPTIONS", "")])
+def test_body_that_breaks_off_holds_no_bytes(method: str, headers: str) -> None:
+    broken = ask(method, PATH, f"{headers}transfer-encoding: chunked\r\n", b"c350\r\n" + b"a" * 50_000 + b"\r\nZZ\r\n")
+    with Upstream() as engine, gateway(engine, keys=[KEY], limits={"max_queued_bytes": 100_000}) as front:
+        for _ in range(3):
+            assert tell(front, broken).startswith(b"HTTP/1.1 400 ")
+        wait_until(lambda: front.relay.backlog.total == 0)
+        assert front.ask(PATH, b"{}", headers=AUTH).status == 200
 
 
 def test_those_that_wait_keep_their_order_and_go_with_their_client(caplog: pytest.LogCaptureFixture) -> None:
