@@ -25,7 +25,9 @@ wanted=$(cat "$lock" pyproject.toml | sha256sum | cut -d' ' -f1)
 [ "$(cat .venv/.stamp 2>/dev/null)" = "$wanted" ] && exit 0
 
 python=''
-for candidate in ${PYTHON:-python3.12 python3.11 python3.13 python3}; do
+candidates=(python3.12 python3.11 python3.13 python3)
+[ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+for candidate in "${candidates[@]}"; do
   if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
 done
 # The CPU build of torch may be at hand for one Python only; the machine's own is the likelier one.

@@ -12,7 +12,7 @@ bash scripts/bootstrap.sh
 root=$PWD
 work=$(mktemp -d)
 library=
-trap 'rm -rf "$work" $library' EXIT
+trap 'rm -rf "$work" ${library:+"$library"}' EXIT
 library=$(.venv/bin/python - <<'PYTHON'
 from laguna_serve.kernels.sentinel_moe.build import SOURCES, make_prebuilt
 print(make_prebuilt(SOURCES))

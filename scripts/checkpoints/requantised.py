@@ -25,6 +25,7 @@ from laguna_serve.scripts.checkpoints.headers import (
 )
 from laguna_serve.scripts.checkpoints.mirrored import MirroredSource, Planned
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
+from laguna_serve.serving.checkpoint.quantisation import find_rotation
 from laguna_serve.serving.kit.results import JsonObject
 
 MATRIX = re.compile(r"model\.layers\.\d+\.mlp\.(?:.+\.)?(?:gate|up|down)_proj\.weight")
@@ -110,6 +111,8 @@ class NumbersSource(MirroredSource):
         if self.to == FP8:
             return {**config, "quantization_config": QUANTISATION}
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        if (rotation := find_rotation(self.config)) is not None:  # the weights keep it, and a drafter must know
+            config["transform_config"] = rotation
         return {**config, **dict.fromkeys(keys, DTYPES[self.to][1])}
 
 

@@ -111,6 +111,36 @@ def read_quantisation(folder: Path, config: ConfigJson) -> Quantisation | None:
     )
 
 
+def find_rotation(config: ConfigJson) -> JsonObject | None:
+    """Find what a config says of a rotated residual stream (R1 of SpinQuant, arXiv:2405.16406); None where it has none.
+
+    The embedding and whatever adds to the stream are stored rotated, and what reads it is stored with the inverse: the
+    model's output is the same, its hidden states are others. It stands in a quantised checkpoint's description, or
+    beside where that was dequantised.
+    """
+    described = config.get("quantization_config") or config.get("compression_config")
+    for place in (config, described):
+        transform = place.get("transform_config") if isinstance(place, dict) else None
+        groups = transform.get("config_groups") if isinstance(transform, dict) else None
+        if isinstance(groups, dict) and any(map(_rotates_stream, groups.values())):
+            return transform
+    return None
+
+
+def _rotates_stream(group: object) -> bool:
+    """Whether a group of a transform_config is applied to what the embedding gives."""
+    applied = group.get("apply") if isinstance(group, dict) else None
+    for apply in applied if isinstance(applied, list) else ():
+        targets = apply.get("targets") if isinstance(apply, dict) else None
+        if (
+            _are_patterns(targets)
+            and apply.get("location") == "weight_output"
+            and any(matches(target, "model.embed_tokens") for target in targets)
+        ):
+            return True
+    return False
+
+
 def _read_group(folder: Path, key: str, group: JsonObject) -> Group:
     weights, targets = group.get("weights"), group.get("targets")
     if not isinstance(weights, dict) or not isinstance(weights.get("num_bits"), int) or not _are_patterns(targets):

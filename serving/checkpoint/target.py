@@ -20,7 +20,7 @@ from laguna_serve.plugins.layers import (
 )
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields, show
 from laguna_serve.serving.checkpoint.folder import read_config
-from laguna_serve.serving.checkpoint.quantisation import Quantisation, read_quantisation
+from laguna_serve.serving.checkpoint.quantisation import Quantisation, find_rotation, read_quantisation
 from laguna_serve.serving.kit.results import JsonObject
 
 # What transformers looks up in torch.
@@ -43,6 +43,7 @@ class Target:
         overrides: what vLLM needs as --hf-overrides because it reads the config otherwise than it is meant.
         pruned: of the experts only some blocks are stored, or loaded.
         experts: what is stored of them; None of whole ones.
+        rotated: its hidden states are rotated ones (`find_rotation`).
     """
 
     name: str
@@ -69,6 +70,7 @@ class Target:
     overrides: JsonObject
     pruned: bool = False
     experts: StoredExperts | None = None
+    rotated: bool = False
 
     @property
     def dense(self) -> bool:
@@ -156,6 +158,7 @@ def read_target(folder: Path) -> Target:
         overrides=overrides,
         pruned=bool(config.get("expert_pruning")),
         experts=_read_experts(folder, config),
+        rotated=find_rotation(config) is not None,
     )
 
 

@@ -58,7 +58,12 @@ def require_weights(folder: Path, *, complete: bool) -> None:
 
 
 def measure_weights(folder: Path) -> int:
-    """Bytes of the safetensors files.  Raises CheckpointError for a link that leads nowhere."""
+    """Bytes of the safetensors files; 0 where an index names some that are not there, as while they are fetched.
+
+    Raises CheckpointError for a link that leads nowhere, and for an index that is none.
+    """
+    if not all((folder / name).is_file() for name in list_indexed(folder)):
+        return 0
     return sum(_measure(path) for path in list_weights(folder))
 
 

@@ -19,6 +19,8 @@ from typing import Literal
 from laguna_serve.kernels.isa import CPUINFO, read_flags
 from laguna_serve.serving.machine.memory import MIB, available_bytes, total_bytes
 
+# What nvidia-smi says of a GPU that has the machine's memory (GB10, Thor) instead of its own.
+NOT_ITS_OWN = "[N/A]"
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
@@ -40,7 +42,7 @@ class Device:
     """What the engine computes on.
 
     Attributes:
-        total_bytes, free_bytes: of the first GPU, or of the machine's memory on a CPU.
+        total_bytes, free_bytes: of the first GPU, or of the machine's memory on a CPU, and on a GPU that shares it.
         capability: compute capability of a GPU × 10 (90 for 9.0); None where the driver does not tell.
         isa: instructions of a CPU, as /proc/cpuinfo calls them.
     """
@@ -79,6 +81,8 @@ def find_gpu() -> Device | None:
     line = _query_gpu("name,memory.total,memory.free")
     try:
         name, total_mib, free_mib = (field.strip() for field in (line or "").rsplit(",", 2))
+        if total_mib == NOT_ITS_OWN:
+            return Device("gpu", name, total_bytes(), available_bytes(), capability=_read_capability())
         return Device("gpu", name, int(total_mib) * MIB, int(free_mib) * MIB, capability=_read_capability())
     except ValueError:
         return None

@@ -41,6 +41,9 @@ from laguna_serve.serving.speculation.drafting import (
     resolve_gamma,
 )
 
+# Kinds of rope whose config says the extended length itself (vllm/config/model.py).
+SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
@@ -168,13 +171,17 @@ def _check_length(config: EngineConfig, target: Target, fields: ConfigJson) -> N
         return
     ropes = [fields.get("rope_parameters"), fields.get("rope_scaling")]
     ropes = [part for rope in ropes if isinstance(rope, dict) for part in (rope, *rope.values())]
-    factors = [
-        rope["factor"] for rope in ropes if isinstance(rope, dict) and isinstance(rope.get("factor"), int | float)
-    ]
+    factors = [factor for rope in ropes if isinstance(rope, dict) and (factor := _find_scaling(rope)) is not None]
     own = fields.get("model_max_length")
     most = max(int(target.max_model_len * max([1, *factors])), own if isinstance(own, int) else 0)
     if asked > most:
         raise CheckpointError(f"--max-model-len: expected at most {most}, the model's own, got {asked}; lower it")
+
+
+def _find_scaling(rope: ConfigJson) -> float | None:
+    """Find by what a rope's description extends the length; None where its config says the extended one."""
+    factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
+    return factor if isinstance(factor, int | float) and kind not in SCALED_ALREADY else None
 
 
 def _check_updates(config: EngineConfig, target: Target) -> None:

@@ -219,7 +219,7 @@ def _find_length(config: EngineConfig, checkpoints: Checkpoints, device: Device,
 
 def _count_stored(config: EngineConfig, target: Target | None) -> int | None:
     folder = find_folder(config.model)
-    if target is None or target.quantisation is not None or folder is None:
+    if target is None or target.quantisation is not None or folder is None or not measure_weights(folder):
         return None
     return count_values(folder) or None
 

@@ -106,7 +106,7 @@ def judge_drafter(drafter: Drafter, device: Device) -> SupportVerdict:
         fused = [f"model.layers.{layer}.self_attn.qkv_proj" for layer in range(drafter.num_layers)]
         if quantisation.kind == OTHER or any(quantisation.find_group(name) for name in fused):
             reason = "vLLM's Laguna drafter cannot have quantised queries, keys and values (vllm#51581)"
-            remedy = "take the bf16 drafter, which goes with a quantised model as well"
+            remedy = "take one stored in bf16 that was trained for this form of the model, as the published ones are"
             return SupportVerdict(REFUSED, reason, remedy)
     return judge(quantisation, device, experts=False)
 

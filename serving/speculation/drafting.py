@@ -11,6 +11,7 @@ For an engine that you start yourself, with plain vLLM:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,8 @@ from laguna_serve.serving.kit.files import expand
 from laguna_serve.serving.kit.results import JsonObject
 
 HALF_RANGE = ("float16", "half")
+# In a drafter's name the form of the model that it was trained for; its own weights are in bf16.
+FORM = re.compile(r"[-_.](fp8|nvfp4|int4)(?![a-z0-9])")
 # How drafts are chosen where tokens are sampled: the drafter's likeliest token, or one drawn from its distribution,
 # which is then accepted with min(1, p/q) (arXiv:2211.17192). Either way the target's distribution comes out.
 DRAFT_SAMPLING = ("greedy", "probabilistic")
@@ -159,6 +162,12 @@ def list_warnings(
             f"drafter {drafter.name}: {foreign}; the output stays {target.name}'s own, and fewer proposals are accepted"
             " than with the model it was trained for"
         )
+    other_form = _find_other_form(target, drafter)
+    if other_form is not None:
+        warnings.append(
+            f"drafter {drafter.name}: {other_form}; next to nothing that it proposes may be accepted, and decoding be"
+            f" slower than without: take the one that is published for {target.name}, or `laguna drafter train` one"
+        )
     wanted = max_model_len or target.max_model_len
     if drafter.max_model_len < wanted:
         beyond = f"was trained for positions up to {drafter.max_model_len}, {wanted} are served"
@@ -188,6 +197,26 @@ def _find_other_target(target: Target, drafter: Drafter, pruned: bool) -> str | 
         return None  # most drafters are for the dense models that these are
     kind = "pruned" if pruned or target.pruned else "dense" if target.dense else ""
     return f"does not say what it was trained for, drafts for a {kind} model" if kind else None
+
+
+def _find_other_form(target: Target, drafter: Drafter) -> str | None:
+    """Why the drafter may have been trained on other hidden states than this form of the model has; None if it fits.
+
+    Some quantised releases have rotated ones (`find_rotation`), and a drafter for each form: its name says for which.
+    """
+    if drafter.verifier is not None and _last_part(drafter.verifier) == _last_part(target.name):
+        return None
+    own = target.quantisation.kind if target.quantisation is not None else ""
+    found = FORM.search(_last_part(drafter.name))
+    form = found[1] if found else ""
+    if target.rotated and (form != own if own else not form):
+        named = f"named for {form.upper()}" if form else "not named for it"
+        return f"is {named}, and the hidden states of {target.name} are rotated, as transform_config of its config says"
+    if not target.rotated and form not in ("", own):
+        return (
+            f"is named for {form.upper()}, whose hidden states may be rotated, and drafts for {own.upper() or 'bf16'}"
+        )
+    return None
 
 
 def _last_part(name: str) -> str:

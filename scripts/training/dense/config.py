@@ -107,10 +107,11 @@ class DistillConfig:
     length: Annotated[int, Flag(f"tokens in a sequence (default {DEFAULT.length})", at_least=2)] = DEFAULT.length
     measure_tokens: Annotated[int, Flag("held-out tokens to measure the loss on (default 65536)", metavar="N")] = 65_536
     held_out_text: Annotated[
-        str | None, Flag("text to measure the loss on (default: the toy's other half, or rows of --text)")
+        str | None,
+        Flag("text to measure the loss on (default: the toy's other half, or one in fifty documents of --text)"),
     ] = None
     held_out_chats: Annotated[
-        str | None, Flag("conversations to measure on (default: the toy's other half, or those of --chats)")
+        str | None, Flag("conversations to measure on (default: the toy's other half, or one in fifty of --chats)")
     ] = None
     dtype: Annotated[Literal["bfloat16", "float32"], Flag("stored as (bfloat16)")] = "bfloat16"
     seed: Annotated[int, Flag(at_least=0, at_most=MOST_SEED)] = DEFAULT.seed

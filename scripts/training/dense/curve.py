@@ -5,15 +5,14 @@ An instruct model that is taught on the wrong text keeps its loss and forgets to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import islice, takewhile
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LagunaForCausalLM
 
-from laguna_serve.scripts.training.dense.text import stream_conversations
 from laguna_serve.serving.kit.journal import Journal
 from laguna_serve.serving.kit.signals import check_signals
 
@@ -49,10 +48,11 @@ class Curve:
         student.train(training)
 
 
-def share_that_stops(model: LagunaForCausalLM, tokenizer: Any, source: str) -> dict[str, float]:
-    """Ask the first requests of a source's conversations: the share of greedy answers that end within the budget."""
-    first = islice(stream_conversations(source), REQUESTS)
-    questions = [list(takewhile(lambda m: m["role"] != "assistant", messages)) for messages in first]
+def share_that_stops(
+    model: LagunaForCausalLM, tokenizer: Any, conversations: Iterable[Conversation]
+) -> dict[str, float]:
+    """Ask the first requests of conversations: the share of greedy answers that end within the budget."""
+    questions = [list(takewhile(lambda m: m["role"] != "assistant", messages)) for messages in conversations]
     ends = set(list_ends(model))
     answers = answer_greedily(model, tokenizer, questions, BUDGET)
     return {"stops": sum(bool(ends & set(answer)) for answer in answers) / len(answers)}

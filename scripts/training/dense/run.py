@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from transformers import AutoTokenizer, LagunaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from laguna_serve.scripts.checkpoints.output import check_own, save_checkpoint
-from laguna_serve.scripts.text.rows import TOY, read_rows
 from laguna_serve.scripts.training.dense import stages, student, text
 from laguna_serve.scripts.training.dense.config import DistillConfig
-from laguna_serve.scripts.training.dense.curve import Curve, share_that_stops
+from laguna_serve.scripts.training.dense.curve import REQUESTS, Curve, share_that_stops
 from laguna_serve.scripts.training.dense.initial import start_blocks
 from laguna_serve.scripts.training.dense.layerwise.blocks import train_layerwise
 from laguna_serve.scripts.training.dense.report.result import (
@@ -34,7 +34,8 @@ from laguna_serve.scripts.training.dense.report.result import (
 from laguna_serve.scripts.training.dense.store.endpoint import EndpointTeacher
 from laguna_serve.scripts.training.dense.store.format import LogitStore, StoreHeader, open_header
 from laguna_serve.scripts.training.dense.store.writer import is_made, write_by, write_by_layers, write_by_model
-from laguna_serve.scripts.training.dense.targets import Beside, Drawn, Source, Targets
+from laguna_serve.scripts.training.dense.targets import Beside, Targets
+from laguna_serve.scripts.training.dense.text import Corpus, read_corpus
 from laguna_serve.scripts.training.dense.work import Clock, open_work
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers, read_laguna
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights
@@ -47,18 +48,8 @@ from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.run_dir import check_out, hold_folder, hold_folders
 
 REMEDY = "distil from the bf16 or FP8 release"
-MEASURED_ROWS = 64
 # In the work folder: where the student was written to.
 SAVED = "saved.txt"
-
-
-@dataclass(slots=True)
-class Corpus:
-    """What is trained on and what is measured on."""
-
-    training: text.Text
-    rows: list[torch.Tensor]
-    drawn: Drawn
 
 
 class Teacher:
@@ -155,7 +146,9 @@ def _distil(config: DistillConfig, ranks: Ranks, folder: Path, work: Path) -> Di
         return None
 
     (work / SAVED).write_text(str(config.out.resolve()))
-    save_checkpoint(config.out, partial(student.save_padded, model, tokenizer, widths, getattr(torch, config.dtype)))
+    save_checkpoint(
+        config.out, partial(student.save_padded, model, tokenizer, widths, getattr(torch, config.dtype), folder)
+    )
     true = sum(p.numel() for p in model.parameters())
     padded = true + sum(3 * (max(widths) - width) * model.config.hidden_size for width in widths)
     parameters = {"teacher": student.count_teacher(folder), "true": true, "stored": padded}
@@ -166,38 +159,9 @@ def _distil(config: DistillConfig, ranks: Ranks, folder: Path, work: Path) -> Di
     if store is not None:
         fields["store"] = msgspec.to_builtins(describe_store(store))
     described = {"environment": msgspec.to_builtins(read_environment(current_argv())), "teacher": config.teacher}
-    described |= {"recipe": asdict(recipe) | {"text": config.text, "chats": config.chats}}
+    sources = {"text": config.text, "chats": config.chats} | corpus.describe_held_out()
+    described |= {"recipe": asdict(recipe) | sources}
     return msgspec.convert({"schema": SCHEMA, **round_floats(described | fields)}, DistillResult)
-
-
-def read_corpus(config: DistillConfig, tokenizer: Any, work: Path, ranks: Ranks) -> Corpus:
-    """Make everything tokens: the first process writes them, the others map what it wrote. Raises TextError."""
-
-    def read() -> Corpus:
-        # The shorter first: what is wrong with it is said before a large text is made tokens.
-        text.check_text(config.text)
-        held_out_chats = config.held_out_chats or _held_out(config.chats)
-        chats = text.read_chats(config.chats, tokenizer, work / "chats")
-        other = (
-            chats if held_out_chats == config.chats else text.read_chats(held_out_chats, tokenizer, work / "held-out")
-        )
-        training = text.read_text(config.text, tokenizer, config.length, work / "text")
-        held_out_text = config.held_out_text or _held_out(config.text)
-        if held_out_text == config.text:
-            rows = list(
-                training.batch(
-                    "held-out", min(MEASURED_ROWS, config.measure_tokens // config.length + 1), config.length
-                )
-            )
-        else:
-            rows = read_rows(held_out_text, tokenizer, config.length, config.measure_tokens).rows
-        source: Source = chats if config.stage2_on == "chats" else training
-        return Corpus(training, rows, Drawn(source, other, config.recipe))
-
-    if ranks.first:
-        corpus = read()
-    ranks.wait()
-    return corpus if ranks.first else read()
 
 
 def run_stage1(
@@ -267,10 +231,11 @@ def open_curve(
     """Open the curve of stage 2 where one is asked for; the first process measures, the others wait for it."""
     if not config.curve_every or not ranks.first:
         return None
-    source = config.held_out_chats or _held_out(config.chats)
+    source = corpus.held_out_chats
+    questions = list(islice(text.stream_conversations(source.source, source.aside), REQUESTS))
 
     def look(model: LagunaForCausalLM) -> dict[str, float]:
-        return stages.measure(model, targets, corpus.rows) | share_that_stops(model, tokenizer, source)
+        return stages.measure(model, targets, corpus.rows) | share_that_stops(model, tokenizer, questions)
 
     return Curve(work / "curve.jsonl", config.curve_every, look)
 
@@ -280,11 +245,6 @@ def describe_store(store: LogitStore) -> StoreFigures:
     places, tail = store.describe_tail()
     header = store.header
     return StoreFigures(top_k=header.top_k, places=places, bytes=store.num_bytes, tail_mass=tail, source=header.source)
-
-
-def _held_out(source: str) -> str:
-    """Name the half of the toy corpus that nothing was trained on; of another source the same text is measured."""
-    return source.replace(":training", ":held-out") if source in TOY else source
 
 
 def _show(figures: dict[str, float]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,13 @@ from transformers import LagunaConfig, LagunaForCausalLM, PreTrainedTokenizerBas
 from transformers.models.laguna.modeling_laguna import LagunaMLP
 
 from laguna_serve.scripts.training.pruning.streaming.layers import read_laguna
+from laguna_serve.serving.checkpoint import read_config
+from laguna_serve.serving.checkpoint.quantisation import find_rotation
 from laguna_serve.serving.kit.errors import CommandError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 INIT_STD = 0.02
+GENERATION = "generation_config.json"
 
 
 class WidthError(CommandError, ValueError):
@@ -129,9 +133,17 @@ def assemble_student(frame: Frame, blocks: nn.ModuleDict, widths: list[int], dev
 
 
 def save_padded(
-    student: LagunaForCausalLM, tokenizer: PreTrainedTokenizerBase, widths: list[int], dtype: torch.dtype, folder: Path
+    student: LagunaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    widths: list[int],
+    dtype: torch.dtype,
+    teacher: Path,
+    folder: Path,
 ) -> None:
-    """Write a checkpoint in stock layout, narrower layers padded with zeros at the end, and its tokenizer."""
+    """Write a checkpoint in stock layout, narrower layers padded with zeros at the end, and its tokenizer.
+
+    It is asked as the teacher in that folder is: with its generation_config.json.
+    """
     stored = max(widths)
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in student.state_dict().items()}
     for layer, width in enumerate(widths):
@@ -146,8 +158,13 @@ def save_padded(
     config = folder / "config.json"
     described = json.loads(config.read_text())
     described["dtype"] = str(dtype).removeprefix("torch.")
+    described.pop("auto_map", None)  # code of its own stays with the teacher: transformers and vLLM have the class
+    if (rotation := find_rotation(read_config(teacher))) is not None:
+        described["transform_config"] = rotation
     config.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
+    if (generation := teacher / GENERATION).is_file():
+        shutil.copyfile(generation, folder / GENERATION)
 
 
 def count_teacher(folder: Path) -> int:

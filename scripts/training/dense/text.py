@@ -21,12 +21,18 @@ import torch
 
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.scripts.text import corpus
-from laguna_serve.scripts.text.rows import TOY, stream_documents, stream_lines
+from laguna_serve.scripts.text.rows import TOY, read_rows, stream_documents, stream_lines
+from laguna_serve.scripts.training.dense.config import DistillConfig
+from laguna_serve.scripts.training.dense.targets import Drawn, Source
 from laguna_serve.scripts.training.dense.tokens import Encoded, Tokens, open_tokens, write_tokens
+from laguna_serve.scripts.training.ranks import Ranks
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import explain_read, is_whole, number_lines
 
 SYSTEM_SHARE = 0.2  # of the toy's conversations
+# Of a user's own documents, where nothing else is named to measure on.
+ONE_ASIDE_IN = 50
+MEASURED_ROWS = 64
 
 
 class TextError(CommandError, ValueError):
@@ -79,6 +85,81 @@ class Chats:
         return ids.astype(np.int64), np.concatenate([self.tokens.spoken[part] for part in parts])[:length]
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What is measured on: documents of a source, all or those that are set aside; `learned`: they are trained on."""
+
+    source: str
+    aside: bool | None = None
+    learned: bool = False
+
+    def describe(self) -> str:
+        """For the result and the model's card."""
+        if self.learned:
+            return f"{self.source}, which was trained on: it has too few documents to set one in {ONE_ASIDE_IN} aside"
+        return f"one in {ONE_ASIDE_IN} documents of {self.source}" if self.aside else self.source
+
+
+@dataclass(slots=True)
+class Corpus:
+    """What is trained on and what is measured on."""
+
+    training: Text
+    rows: list[torch.Tensor]
+    drawn: Drawn
+    held_out_text: HeldOut
+    held_out_chats: HeldOut
+
+    def describe_held_out(self) -> dict[str, str]:
+        """Say what it was measured on."""
+        return {"held_out_text": self.held_out_text.describe(), "held_out_chats": self.held_out_chats.describe()}
+
+
+def read_corpus(config: DistillConfig, tokenizer: Any, work: Path, ranks: Ranks) -> Corpus:
+    """Make everything tokens: the first process writes them, the others map what it wrote. Raises TextError."""
+    if ranks.first:
+        corpus = _read_corpus(config, tokenizer, work)
+    ranks.wait()
+    return corpus if ranks.first else _read_corpus(config, tokenizer, work)
+
+
+def _read_corpus(config: DistillConfig, tokenizer: Any, work: Path) -> Corpus:
+    """Make what is set aside of a source first: whether there is any decides what is trained on."""
+    check_text(config.text)  # before conversations are made tokens
+    chats_apart, text_apart = _choose(config.held_out_chats, config.chats), _choose(config.held_out_text, config.text)
+    try:
+        others = read_chats(chats_apart.source, tokenizer, work / "held-out", chats_apart.aside)
+    except TextError:
+        if not chats_apart.aside:
+            raise
+        chats_apart = HeldOut(config.chats, learned=True)
+        others = read_chats(config.chats, tokenizer, work / "chats")
+    kept = False if chats_apart.aside else None
+    chats = others if chats_apart.learned else read_chats(config.chats, tokenizer, work / "chats", kept)
+    apart: Text | None = None
+    if text_apart.aside:
+        try:
+            apart = read_text(config.text, tokenizer, config.length, work / "held-out-text", aside=True)
+        except TextError:
+            text_apart = HeldOut(config.text, learned=True)
+    training = read_text(config.text, tokenizer, config.length, work / "text", False if text_apart.aside else None)
+    if text_apart.aside or text_apart.learned:
+        count = min(MEASURED_ROWS, config.measure_tokens // config.length + 1)
+        rows = list((apart or training).batch("held-out", count, config.length))
+    else:
+        rows = read_rows(text_apart.source, tokenizer, config.length, config.measure_tokens).rows
+    source: Source = chats if config.stage2_on == "chats" else training
+    return Corpus(training, rows, Drawn(source, others, config.recipe), text_apart, chats_apart)
+
+
+def _choose(named: str | None, training: str) -> HeldOut:
+    """Choose what is measured on: what is named, the toy's other half, or documents that are set aside."""
+    if named is not None or training in TOY:
+        other = named or training.replace(":training", ":held-out")
+        return HeldOut(other, learned=other == training)
+    return HeldOut(training, aside=True)
+
+
 def check_text(source: str) -> None:
     """Refuse a text that cannot be opened, before anything is made tokens. Raises TextError."""
     try:
@@ -88,20 +169,30 @@ def check_text(source: str) -> None:
         raise TextError(str(error)) from None
 
 
-def read_text(source: str, tokenizer: Any, length: int, folder: Path | None = None) -> Text:
+def is_aside(document: object) -> bool:
+    """Whether this is one of fifty documents that are set aside, by what it says: equal ones are together."""
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % ONE_ASIDE_IN == 0
+
+
+def read_text(source: str, tokenizer: Any, length: int, folder: Path | None = None, aside: bool | None = None) -> Text:
     """Tokenise a source of text, into `folder` where one is given and does not hold it yet.
 
+    Args:
+        aside: only the documents that are set aside, or only the others; None for all.
     Raises:
         TextError: it has not one row of `length` tokens, or cannot be read.
     """
 
     def encode() -> Iterator[Encoded]:
         for document in stream_documents(source):
+            if aside is not None and is_aside(document) != aside:
+                continue
             ids = tokenizer(document, verbose=False)["input_ids"]
             yield ids, [True] * len(ids)
 
     try:
-        tokens = _open_or_write(source, tokenizer, encode(), folder)
+        tokens = _open_or_write(source, tokenizer, encode(), folder, aside)
     except PruningError as error:
         raise TextError(str(error)) from None
     if len(tokens.ids) < length:
@@ -109,8 +200,8 @@ def read_text(source: str, tokenizer: Any, length: int, folder: Path | None = No
     return Text(tokens)
 
 
-def read_chats(source: str, tokenizer: Any, folder: Path | None = None) -> Chats:
-    """Render conversations through the model's chat template, into `folder` as `read_text`.
+def read_chats(source: str, tokenizer: Any, folder: Path | None = None, aside: bool | None = None) -> Chats:
+    """Render conversations through the model's chat template, into `folder`, those of `aside`, as `read_text`.
 
     Raises:
         TextError: no conversations, a line that is none, a template that is missing or marks no assistant's tokens.
@@ -119,20 +210,24 @@ def read_chats(source: str, tokenizer: Any, folder: Path | None = None) -> Chats
         raise TextError(f"{source}: expected a tokenizer with a chat template, got none; add chat_template.jinja")
 
     def encode() -> Iterator[Encoded]:
-        for messages in stream_conversations(source):
+        for messages in stream_conversations(source, aside):
             ids, spoken = render(messages, tokenizer)
             if any(spoken):
                 yield ids, spoken
 
-    tokens = _open_or_write(source, tokenizer, encode(), folder)
+    tokens = _open_or_write(source, tokenizer, encode(), folder, aside)
     if not tokens.documents:
         raise TextError(f"{source}: expected conversations with an assistant's turn, got none; pass others")
     return Chats(tokens)
 
 
-def _open_or_write(source: str, tokenizer: Any, encoded: Iterable[Encoded], folder: Path | None) -> Tokens:
+def _open_or_write(
+    source: str, tokenizer: Any, encoded: Iterable[Encoded], folder: Path | None, aside: bool | None
+) -> Tokens:
     """Map the tokens that the folder has of this very file and tokenizer, else write them."""
     key = {"source": source, "tokenizer": digest_tokenizer(tokenizer)}
+    if aside is not None:
+        key["aside"] = str(aside)
     if source not in TOY and Path(source).is_file():
         found = Path(source).stat()
         key["file"] = f"{found.st_size} bytes of {found.st_mtime_ns}"
@@ -169,9 +264,10 @@ def render(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], l
     return list(encoded["input_ids"]), [any(a <= start < b for a, b in turns) for start in starts]
 
 
-def stream_conversations(source: str) -> Iterator[list[dict[str, str]]]:
-    """Read a source's conversations one after the other. Raises TextError."""
-    return _stream_toy(TOY[source]) if source in TOY else _stream_jsonl(source)
+def stream_conversations(source: str, aside: bool | None = None) -> Iterator[list[dict[str, str]]]:
+    """Read a source's conversations one after the other, those of `aside` as in `read_text`. Raises TextError."""
+    conversations = _stream_toy(TOY[source]) if source in TOY else _stream_jsonl(source)
+    return (each for each in conversations if aside is None or is_aside(each) == aside)
 
 
 def _stream_toy(held_out: bool) -> Iterator[list[dict[str, str]]]:

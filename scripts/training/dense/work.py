@@ -53,8 +53,8 @@ def open_work(config: DistillConfig, recipe: Recipe, folder: Path, ranks: Ranks)
         CheckpointError, RunDirError: it holds another run's, or is closed.
     """
     wanted: dict[str, Any] = asdict(recipe) | {
-        "text": config.text,
-        "chats": config.chats,
+        "text": [config.text, fingerprint(config.text)],
+        "chats": [config.chats, fingerprint(config.chats)],
         "width": sorted(config.width),
     }
     wanted |= {"layerwise": config.layerwise, "top_k": config.top_k if config.store else None}

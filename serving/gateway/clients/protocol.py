@@ -259,6 +259,7 @@ class GatewayProtocol(StrictProtocol):
 
         Most requests come whole, and are not waited for.
         """
+        within_s: float
         if self.flow.write_paused and self._is_free():
             awaited, within_s = NEXT, self.timeout_keep_alive  # that the client reads the answers that it has
         elif self._head_bytes is not None:

@@ -79,6 +79,12 @@ def test_whole_checkpoint_passes(sharded: Path) -> None:
     assert measure_weights(sharded) == sum((sharded / name).stat().st_size for name in (SHARD, OTHER))
 
 
+def test_checkpoint_of_which_a_part_was_fetched_has_no_measure_yet(sharded: Path) -> None:
+    """It is planned by its config, not by the shard that is there."""
+    (sharded / OTHER).unlink()
+    assert measure_weights(sharded) == 0
+
+
 @pytest.mark.parametrize(("fault", "message"), FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("options", [[], ["--no-gateway"]], ids=["gateway", "bare"])
 def test_faulty_checkpoint_is_refused_in_one_line(

@@ -215,19 +215,22 @@ def test_an_interrupted_end_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
     """Ctrl-C while it ended: the process went on to its own end beside it, which left a traceback."""
 
     class Slow:
-        force_exit = ended = False
+        force_exit = ended = interrupted = False
 
         def __init__(self, _listeners: object, ready: Callable[[], None], _reload: object) -> None:
             ready()
 
         def run(self, _sockets: object) -> None:
-            while not self.force_exit:
-                time.sleep(0.01)
-            time.sleep(0.2)
+            wait_until(lambda: self.force_exit and Slow.interrupted, 30)
+            time.sleep(0.05)
             Slow.ended = True
 
         def handle_exit(self, _signal: int, _frame: object) -> None:
-            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.1, self.interrupt).start()
+
+        def interrupt(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            Slow.interrupted = True
 
     monkeypatch.setattr(run, "_make_server", Slow)
     with pytest.raises(KeyboardInterrupt), open_background(CONFIG):

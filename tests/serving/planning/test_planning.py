@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from release_cases import DRAFTERS, TARGETS, find_drafter, find_kind, folder, read_tensors, weigh
+from release_cases import DRAFTERS, RELEASES, TARGETS, find_drafter, find_kind, folder, read_tensors, weigh
 from safetensors.torch import load_file, save_file
 
 from laguna_serve.serving import cli
@@ -499,3 +499,13 @@ def test_length_beyond_the_model_s_own_is_refused_by_a_plan_too(
     config["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 2.0}
     (folder / "config.json").write_text(json.dumps(config))
     inspect(EngineConfig(str(folder), max_model_len=4096))
+
+
+@pytest.mark.parametrize("release", ["Laguna-XS.2", "Laguna-XS-2.1-FP8", "Laguna-S-2.1", "Laguna-M.1"])
+def test_releases_have_the_length_that_their_config_says(release: str) -> None:
+    """YaRN's factor is in it: vLLM multiplies it no more."""
+    folder = RELEASES / release
+    own = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    inspect(EngineConfig(str(folder), max_model_len=own))
+    with pytest.raises(CheckpointError, match=f"--max-model-len: expected at most {own}, the model's own"):
+        inspect(EngineConfig(str(folder), max_model_len=own + 1))

@@ -23,9 +23,10 @@ from laguna_serve.scripts.training.dense.experiments.behaviour import Behaviour,
 from laguna_serve.scripts.training.dense.experiments.config import ExperimentsConfig
 from laguna_serve.scripts.training.dense.experiments.result import Arm, DenseExperiments, Rate, Start
 from laguna_serve.scripts.training.dense.initial import Init, start_blocks
-from laguna_serve.scripts.training.dense.run import Corpus, Teacher, make_store, read_corpus
+from laguna_serve.scripts.training.dense.run import Teacher, make_store
 from laguna_serve.scripts.training.dense.store.format import LogitStore
 from laguna_serve.scripts.training.dense.targets import Beside, Drawn, Targets
+from laguna_serve.scripts.training.dense.text import Corpus, read_corpus
 from laguna_serve.scripts.training.ranks import ALONE
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text

@@ -28,8 +28,8 @@ model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```"""
 
-LIMITS = """- It was measured on held-out text and conversations alone. No benchmark was run: those of `evals/` decide
-  what it is good for.
+LIMITS = """- It was measured on text ({held_out_text}) and conversations ({held_out_chats}) alone. No benchmark was
+  run: those of `evals/` decide what it is good for.
 - What its teacher gets wrong it has learned, too. It was taught {tokens:,} tokens in stage 2, the assistant's and all
   others, of {chats}."""
 
@@ -57,10 +57,15 @@ def describe_student(result: DistillResult, folder: Path) -> Card:
         base=result.teacher,
         tags=("laguna", "distillation", "moe-to-dense", "code"),
         sections={
-            "Held-out figures": f"{format_figures(result.measured)}\n\nLosses, KL and entropies in nats per token.",
+            "Figures": f"{format_figures(result.measured)}\n\nLosses, KL and entropies in nats per token.",
             "Use": USE.format(name=folder.resolve().name),
             "Recipe": Table("lr", ("", ""), shown).to_markdown(),
-            "What is not known": LIMITS.format(tokens=tokens, chats=recipe.get("chats", "conversations")),
+            "What is not known": LIMITS.format(
+                tokens=tokens,
+                chats=recipe.get("chats", "conversations"),
+                held_out_text=recipe.get("held_out_text", "held out"),
+                held_out_chats=recipe.get("held_out_chats", "held out"),
+            ),
         },
         environment=result.environment,
         figures=FIGURES,
