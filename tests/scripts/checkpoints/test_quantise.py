@@ -14,6 +14,7 @@ from compact_cases import config, read_tensors, weights, write_base
 
 from laguna_serve.plugins.formats.fp8 import quantise_atoms, quantise_blocks
 from laguna_serve.scripts.checkpoints import quantise, unpad
+from laguna_serve.serving.checkpoint import read_target
 
 TESTS = Path(__file__).resolve().parents[2]
 RELEASE = TESTS / "fixtures" / "releases" / "Laguna-XS.2-FP8"
@@ -82,6 +83,21 @@ def test_a_router_s_bias_in_fp32_keeps_its_bits(tmp_path: Path, capsys: pytest.C
         assert code == 0
         assert result["bytes_after"] == sum(tensor.nbytes for tensor in made.values())
         assert all(made[name].dtype == torch.float32 and torch.equal(made[name], tensors[name]) for name in biases)
+
+
+def test_rotated_weights_are_said_to_be_when_they_are_plain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their scales go, what they were rotated by stays in them: a drafter must be one for such a model."""
+    cfg = config()
+    write_base(tmp_path / "base", cfg, weights(cfg))
+    assert run(capsys, quantise.main, tmp_path / "base", "--to", "fp8", "--out", tmp_path / "fp8")[0] == 0
+    path = tmp_path / "fp8" / "config.json"
+    described = json.loads(path.read_text())
+    groups = {"R1": {"apply": [{"location": "weight_output", "targets": ["re:.*embed_tokens$"]}]}}
+    described["quantization_config"]["transform_config"] = {"config_groups": groups}
+    path.write_text(json.dumps(described))
+    assert run(capsys, quantise.main, tmp_path / "fp8", "--to", "bf16", "--out", tmp_path / "bf16")[0] == 0
+    assert read_target(tmp_path / "bf16").rotated
+    assert not read_target(tmp_path / "base").rotated
 
 
 def test_values_next_to_nothing_are_no_nan() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
@@ -32,11 +33,12 @@ from laguna_serve.scripts.training.dense.targets import Beside, Drawn
 from laguna_serve.scripts.training.dense.tokens import open_tokens, write_tokens
 from laguna_serve.scripts.training.dense.work import open_work
 from laguna_serve.scripts.training.ranks import ALONE
-from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.checkpoint import CheckpointError, read_target
 from laguna_serve.serving.kit.files import WriteError
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = ROOT / "tests" / "toy"
+FIXTURES = ROOT / "tests" / "fixtures" / "releases"
 RESULT = ROOT / "bench" / "results" / "toy-distillation"
 SCRIPT = str(ROOT / "scripts" / "distill_dense.py")
 SAVES_SOON = f"""
@@ -267,6 +269,74 @@ def test_states_of_a_teacher_with_other_weights_are_not_gone_on_with(tmp_path: P
     os.utime(folder / "model.safetensors", (1, 1))  # written anew
     with pytest.raises(CheckpointError, match="got another run's; pass --fresh or --work"):
         open_work(config, config.recipe, folder, ALONE)
+
+
+def test_states_of_other_words_under_the_same_name_are_not_gone_on_with(tmp_path: Path) -> None:
+    words = {"text": tmp_path / "text.jsonl", "chats": tmp_path / "chats.jsonl"}
+    for path in words.values():
+        path.write_text("a\n")
+    given = {name: str(path) for name, path in words.items()}
+    config = DistillConfig(teacher=str(TOY / "teacher"), out=tmp_path / "out", work=tmp_path / "work", **given)
+    for path in words.values():
+        for _ in range(2):
+            open_work(config, config.recipe, TOY / "teacher", ALONE)
+        path.write_text("b\n")
+        with pytest.raises(CheckpointError, match="got another run's; pass --fresh or --work"):
+            open_work(config, config.recipe, TOY / "teacher", ALONE)
+        path.write_text("a\n")
+
+
+@pytest.mark.slow
+def test_own_documents_are_set_aside_to_measure_on(tmp_path: Path, tokenizer: Any) -> None:
+    """One in fifty, equal ones together, of text as of conversations; none of them is trained on."""
+    said = [f"def f{number % 600}(x):\n    return x + {number % 600}\n" for number in range(1200)]
+    lines = {
+        "text": [{"text": text_} for text_ in said],
+        "chats": [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": s}]} for s in said],
+    }
+    given = {}
+    for name, documents in lines.items():
+        given[name] = str(tmp_path / f"{name}.jsonl")
+        Path(given[name]).write_text("".join(json.dumps(document) + "\n" for document in documents))
+    config = DistillConfig(teacher=str(TOY / "teacher"), out=tmp_path / "out", length=32, **given)
+    corpus = text.read_corpus(config, tokenizer, tmp_path / "work", ALONE)
+    learned, measured = corpus.drawn.training, corpus.drawn.held_out_source
+    assert 4 <= measured.tokens.documents <= 60
+    assert measured.tokens.documents + learned.tokens.documents == 1200
+    for kept, aside in ((learned.tokens, measured.tokens), (corpus.training.tokens, None)):
+        words = [set(map(tuple, np.split(part.ids, part.starts[1:-1]))) for part in (kept, aside) if part is not None]
+        assert len(words) == 1 or not words[0] & words[1]
+    asked = list(text.stream_conversations(given["chats"], aside=True))
+    assert len(asked) == measured.tokens.documents
+    assert corpus.describe_held_out() == {
+        f"held_out_{name}": f"one in 50 documents of {path}" for name, path in given.items()
+    }
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps(lines["chats"][0]) + "\n")
+    config = DistillConfig(
+        teacher=str(TOY / "teacher"), out=tmp_path / "out", chats=str(few), held_out_text=given["text"]
+    )
+    described = text.read_corpus(config, tokenizer, tmp_path / "few", ALONE).describe_held_out()
+    assert described["held_out_text"] == given["text"]
+    assert described["held_out_chats"].startswith(f"{few}, which was trained on: it has too few documents")
+
+
+def test_student_is_asked_as_its_teacher_is(teacher: Any, tokenizer: Any, tmp_path: Path) -> None:
+    folder, release = tmp_path / "teacher", FIXTURES / "Laguna-XS.2-FP8"
+    folder.mkdir()
+    config = json.loads((TOY / "teacher" / "config.json").read_text())
+    rotation = json.loads((release / "config.json").read_text())["quantization_config"]["transform_config"]
+    (folder / "config.json").write_text(json.dumps({**config, "transform_config": rotation}))
+    shutil.copyfile(release / "generation_config.json", folder / "generation_config.json")
+    widths = [640] * teacher.config.num_hidden_layers
+    made = LagunaForCausalLM(student.student_config(teacher.config, widths))
+    made.config.auto_map = {"AutoConfig": "configuration_laguna.LagunaConfig"}
+    student.save_padded(made, tokenizer, widths, torch.float32, folder, tmp_path / "out")
+    out = tmp_path / "out"
+    assert (out / "generation_config.json").read_bytes() == (folder / "generation_config.json").read_bytes()
+    described = json.loads((out / "config.json").read_text())
+    assert "auto_map" not in described
+    assert read_target(out).rotated
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import pytest
 from serving_fakes import FAKE_SITE
 
 from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
+from laguna_serve.serving.machine.memory import total_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -234,6 +235,19 @@ def test_gpu_build_has_our_teacher_and_vllms_drafters(environment: Environment) 
     assert report["device"]["name"] == "NVIDIA H100"
     expected = {name: classes["expected"] for name, classes in report["architectures"].items()}
     assert expected == dict.fromkeys(CPU_ARCHITECTURES, "vllm") | ARCHITECTURES
+
+
+def test_gpu_that_shares_the_machines_memory_is_one(environment: Environment) -> None:
+    """GB10 and Thor have none of their own."""
+    environment.install_vllm(name="vllm")
+    environment.variables["FAKE_PLATFORM"] = "cuda"
+    smi = Path(environment.variables["PATH"]) / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], [N/A]'\n", encoding="utf-8")
+    smi.chmod(0o755)
+    status, problems, report = environment.diagnose()
+    assert (status, problems) == (0, [])
+    assert report["device"]["name"] == "NVIDIA GB10"
+    assert report["device"]["total_bytes"] == total_bytes()
 
 
 def test_probe_that_dies_is_told_in_one_line(environment: Environment) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from laguna_serve.serving.planning.support import check_support
 from laguna_serve.serving.speculation.drafting import check_fit, list_warnings, resolve_gamma, speculative_config
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
+RELEASES = Path(__file__).resolve().parents[2] / "fixtures" / "releases"
 MASKS = {"expert_pruning": {"block_size": 64, "blocks_per_expert": 8, "kept_blocks": [96] * 5}}
 
 
@@ -189,6 +192,45 @@ def test_verifier_of_a_hub_id_is_recognised(drafter: Path, target: Path) -> None
     asked: dict[str, Any] = {"dtype": "auto", "max_model_len": None, "pruned": False}
     for name, count in ((cached, 0), ("/models/laguna-xs.2", 0), ("/models/laguna-xs.2-dense", 1)):
         assert len(list_warnings(replace(read_target(target), name=name), read, **asked)) == count
+
+
+@pytest.mark.parametrize(
+    ("model", "draft", "message"),
+    [
+        ("Laguna-XS-2.1", "Laguna-XS-2.1-DFlash", None),
+        ("Laguna-XS-2.1-FP8", "Laguna-XS-2.1-DFlash-FP8", None),
+        ("Laguna-XS-2.1-INT4", "Laguna-XS-2.1-DFlash-INT4", None),
+        ("Laguna-S-2.1-NVFP4", "Laguna-S-2.1-DFlash-NVFP4", None),
+        ("Laguna-XS-2.1-NVFP4", "Laguna-XS-2.1-DFlash", None),  # neither is rotated
+        ("Laguna-XS-2.1-FP8", "Laguna-XS-2.1-DFlash", "is not named for it, and the hidden states of .* are rotated"),
+        (
+            "Laguna-XS-2.1-FP8",
+            "Laguna-XS-2.1-DFlash-INT4",
+            "is named for INT4, and the hidden states of .* are rotated",
+        ),
+        ("Laguna-XS-2.1", "Laguna-XS-2.1-DFlash-FP8", "is named for FP8, .* and drafts for bf16; next to nothing"),
+        ("Laguna-XS.2-FP8", "Laguna-XS.2-speculator.dflash", "is not named for it, .* next to nothing"),
+        ("Laguna-XS.2-NVFP4", "Laguna-XS.2-speculator.dflash", None),
+    ],
+)
+def test_drafter_for_another_form_of_a_release_is_named(model: str, draft: str, message: str | None) -> None:
+    """Their hidden states are rotated, or not: nothing else of either config differs, and nothing would be accepted."""
+    lines = [line for line in warnings(RELEASES / model, RELEASES / draft) if "next to nothing" in line]
+    assert len(lines) == (message is not None)
+    assert message is None or re.search(message, lines[0])
+
+
+def test_rotation_outlives_what_it_was_quantised_with(make_checkpoint: MakeCheckpoint) -> None:
+    described = json.loads((RELEASES / "Laguna-XS.2-FP8" / "config.json").read_text())["quantization_config"]
+    rotated = make_checkpoint("rotated", TARGET, transform_config=described["transform_config"])
+    assert read_target(rotated).rotated
+
+
+@pytest.mark.parametrize(
+    "other", [{}, {"config_groups": {}}, {"config_groups": {"R": 1}}, {"config_groups": {"R": {"apply": [{}]}}}, []]
+)
+def test_what_rotates_nothing_is_no_rotation(make_checkpoint: MakeCheckpoint, other: object) -> None:
+    assert not read_target(make_checkpoint("plain", TARGET, transform_config=other)).rotated
 
 
 def test_compact_target_is_known_as_pruned(make_checkpoint: MakeCheckpoint, drafter: Path) -> None:
