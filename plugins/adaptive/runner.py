@@ -16,10 +16,12 @@ Checked against vLLM 0.32.0: `propose_draft_token_ids`, `take_draft_token_ids`, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.outputs import DraftTokenIds
 
 from laguna_serve.plugins.adaptive.context import WaitingContext
@@ -66,10 +68,18 @@ class AdaptiveModelRunner(DraftingModelRunner):
         else:
             self.policy.drop(request, state.num_prompt_tokens, len(state.output_token_ids))
 
+    @cached_property
+    def _drafter_slides(self) -> bool:
+        """Whether the drafter gives blocks back that its window has left behind, of requests that go on."""
+        modules = self.drafter.model.modules()
+        return any(isinstance(module, Attention) and module.sliding_window is not None for module in modules)
+
     def _care_for_context(self, scheduler_output: Any) -> None:
         """Write, or forget, the context whose blocks may change hands in this step."""
         gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        if not self.cache_config.enable_prefix_caching:
+        if self._drafter_slides:
+            self._write_context()
+        elif not self.cache_config.enable_prefix_caching:
             self._context.drop(gone)
         elif gone or _finds_blocks(scheduler_output):
             self._write_context()

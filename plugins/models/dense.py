@@ -17,6 +17,7 @@ import copy
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,11 @@ class DenseMLP(nn.Module):
 
 class LagunaDenseForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
     """vLLM's Laguna whose dense layers are as wide as the checkpoint's, without the padding."""
+
+    packed_modules_mapping: ClassVar = {  # adapters are for the parts
+        **laguna.LagunaForCausalLM.packed_modules_mapping,
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config

@@ -78,20 +78,19 @@ def generate_draft(self: Any, stock: Callable[..., None], num_reqs: int, *args: 
     hidden = self._run_model(*args, **kwargs)[self.sample_indices[:count]]
     logits = self.model.compute_logits(hidden).unflatten(0, (-1, gamma))
     places, state = head.start(hidden.unflatten(0, (-1, gamma)))
-    positions, slots, columns = (
-        rows[:count].view(-1, gamma) for rows in (self.sample_pos, self.sample_idx_mapping, self.sample_col)
-    )
+    positions, slots = (rows[:count].view(-1, gamma) for rows in (self.sample_pos, self.sample_idx_mapping))
     token = self.input_buffers.input_ids[: num_reqs * (gamma + 1) : gamma + 1]
     for place in range(gamma):
         state = head.advance(state, token, places[:, place])
-        # A position's random numbers are keyed by the one before it.
-        at = (slots[:, place], positions[:, place] - 1, columns[:, place])
+        # A position's random numbers are keyed by the one before it. One column for all rows is said by a scalar: what
+        # predicts acceptance takes a tensor of them for all places of a request, one after the other.
+        at = (slots[:, place], positions[:, place] - 1, self.sample_col[place])
         token = _choose(self, logits[:, place] + head.bias(state), *at)
         self.draft_tokens[:num_reqs, place] = token
 
 
 def _choose(
-    self: Any, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor
+    self: Any, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, column: torch.Tensor
 ) -> torch.Tensor:
     """Choose a token for each row of logits as `DraftModelSpeculator.sample_draft` does, which asks for them itself."""
     if self.draft_logits is None:
@@ -109,10 +108,10 @@ def _choose(
             apply_temperature=True,
             is_drafting=True,
             logits_cache=self.draft_logits,
-            logits_cache_col=columns,
+            logits_cache_col=column,
             use_fp64=self.use_fp64_gumbel,
         )
-    self._maybe_predict_acceptance(logits, slots, columns)
+    self._maybe_predict_acceptance(logits, slots, column)
     return token
 
 

@@ -2,7 +2,8 @@
 
 On a GPU vLLM pads steps to the sizes that its graphs were captured for, and models are written for that: rows behind
 the last token write nothing into the KV cache, and what they compute is read by nobody.  Here steps are padded
-likewise; not those of pooling models, whose sequences a model may find by its rows.
+likewise; not those of pooling models, whose sequences a model may find by its rows, nor beside adapters, which vLLM
+has mapped to a step's tokens by then.
 
 Checked against vLLM 0.32.0: `_determine_batch_execution_and_padding` of the V1 runner.  It can go when
 `tests/plugins/test_padded_rows.py::test_stock_pads_no_step` fails.
@@ -26,8 +27,9 @@ def wrap_padding(stock: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[A
     def determine(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         mode, batch, *others = stock(self, *args, **kwargs)
         rows = min(pad(batch.num_tokens), self.max_num_tokens)
-        alone = self.vllm_config.parallel_config.data_parallel_size == 1  # several ranks agree on theirs
-        if rows > batch.num_tokens and alone and not self.is_pooling_model:
+        config = self.vllm_config
+        alone = config.parallel_config.data_parallel_size == 1  # several ranks agree on theirs
+        if rows > batch.num_tokens and alone and config.lora_config is None and not self.is_pooling_model:
             batch = replace(batch, num_tokens=rows)
         return (mode, batch, *others)
 

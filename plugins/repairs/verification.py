@@ -65,7 +65,8 @@ def verify_drawn(
     drafted, random = drafts.numpy(), torch.rand(len(drafts) + len(counts), dtype=torch.float64).numpy()
     places = np.arange(len(drafted))
     proposed = 1 if probs is None else probs[places, drafted]
-    kept = random[: len(drafted)] * proposed < chances[places + np.repeat(np.arange(len(counts)), counts), drafted]
+    likely = random[: len(drafted)] * proposed < chances[places + np.repeat(np.arange(len(counts)), counts), drafted]
+    kept = likely & (drafted >= 0)  # the scheduler's placeholders are no drafts
 
     given, accepted, width, tokens = drafted.tolist(), kept.tolist(), max(counts) + 1, []
     for request, (begin, stop) in enumerate(bounds):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from probes import run_probe
 from sequential_toy import make_sequential
 
@@ -20,6 +22,30 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     drafter = make_sequential(tmp_path_factory.mktemp("head") / "drafter", out_std=0.05) if head else TOY / "dflash"
     ran: dict[str, Any] = run_probe("adaptive_probe.py", str(TOY), str(drafter), "uncached" if head else "cached")
     return ran
+
+
+@pytest.mark.parametrize(("window", "expected"), [(128, ["write"]), (None, ["drop"])])
+def test_context_behind_a_drafters_window_is_written_before_its_blocks_are_others(
+    window: int | None, expected: list[str]
+) -> None:
+    """vLLM takes them back from requests that go on, and says so to nobody: of the target's own keys, even."""
+    from vllm.model_executor.layers.attention import Attention
+
+    from laguna_serve.plugins.adaptive.runner import AdaptiveModelRunner
+
+    attention = Attention.__new__(Attention)
+    torch.nn.Module.__init__(attention)
+    attention.sliding_window = window
+    done: list[str] = []
+    runner = SimpleNamespace(
+        drafter=SimpleNamespace(model=torch.nn.Sequential(torch.nn.Identity(), attention)),
+        cache_config=SimpleNamespace(enable_prefix_caching=False),
+        _context=SimpleNamespace(drop=lambda gone: done.append("drop")),
+        _write_context=lambda: done.append("write"),
+    )
+    runner._drafter_slides = AdaptiveModelRunner._drafter_slides.func(runner)
+    AdaptiveModelRunner._care_for_context(runner, SimpleNamespace(finished_req_ids=set(), preempted_req_ids=None))
+    assert done == expected
 
 
 def test_tokens_are_the_same_whatever_is_decided(report: dict[str, Any]) -> None:

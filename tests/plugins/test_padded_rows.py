@@ -41,14 +41,16 @@ class Batch:
         (490, 500, 500, {}),
         (100, 2048, 100, {"data_parallel_size": 2}),
         (100, 2048, 100, {"is_pooling_model": True}),
+        (100, 2048, 100, {"lora_config": True}),
     ],
-    ids=["decoding", "a prompt", "more", "no room", "several ranks agree on theirs", "pooling"],
+    ids=["decoding", "a prompt", "more", "no room", "several ranks agree on theirs", "pooling", "adapters"],
 )
 def test_a_step_is_padded_within_the_buffers(rows: int, most: int, expected: int, changes: dict[str, int]) -> None:
     from laguna_serve.plugins.repairs.padded_rows import wrap_padding
 
     parallel: Any = SimpleNamespace(data_parallel_size=changes.get("data_parallel_size", 1))
-    config, pooling = SimpleNamespace(parallel_config=parallel), "is_pooling_model" in changes
+    config = SimpleNamespace(parallel_config=parallel, lora_config=changes.get("lora_config"))
+    pooling = "is_pooling_model" in changes
     runner = SimpleNamespace(max_num_tokens=most, vllm_config=config, is_pooling_model=pooling)
     determine = wrap_padding(lambda _self, num_tokens, **_others: ("mode", Batch(num_tokens, 3), False, None))
     assert determine(runner, rows, num_reqs=3) == ("mode", Batch(expected, 3), False, None)

@@ -109,7 +109,7 @@ def test_the_other_runner_drafts_the_same() -> None:
     ids = torch.full((requests, gamma + 1), 3)
     ids[:, 0] = anchors
     rows = [request * (gamma + 1) + 1 + place for request in range(requests) for place in range(gamma)]
-    predicted: list[int] = []
+    predicted: list[tuple[int, int, list[int], int]] = []
     inner = SimpleNamespace(sequential_head=head)
     speculator = SimpleNamespace(
         model=SimpleNamespace(model=inner, compute_logits=lambda hidden: hidden @ matrix.T),
@@ -122,7 +122,9 @@ def test_the_other_runner_drafts_the_same() -> None:
         draft_logits=None,
         draft_tokens=torch.zeros(4, gamma, dtype=torch.int64),
         _run_model=lambda tokens: states,
-        _maybe_predict_acceptance=lambda logits, slots, columns: predicted.append(int(columns[0])),
+        _maybe_predict_acceptance=lambda logits, slots, column: predicted.append(
+            (column.dim(), int(column), slots.tolist(), len(logits))
+        ),
     )
     generate_draft(speculator, pytest.fail, requests, len(states))
     hidden = states[rows].view(requests, gamma, H)
@@ -130,7 +132,7 @@ def test_the_other_runner_drafts_the_same() -> None:
     expected = (hidden @ matrix.T + head(hidden, previous)).argmax(-1)
     assert torch.equal(speculator.draft_tokens[:requests], expected)
     assert not torch.equal(expected, (hidden @ matrix.T).argmax(-1))
-    assert predicted == [0, 1, 2]
+    assert predicted == [(0, place, [0, 1], requests) for place in range(gamma)]
     inner.sequential_head = None
     asked: list[int] = []
     generate_draft(speculator, lambda _self, *given: asked.extend(given), requests, len(states))

@@ -56,6 +56,17 @@ def fits(counted: Counter[int], chances: torch.Tensor) -> bool:
     return bool(chisquare(observed, expected).pvalue > 1e-4)
 
 
+def test_placeholders_of_the_scheduler_are_never_kept() -> None:
+    """They are -1, which is the place of the last token, too: here by far the likeliest."""
+    logits = torch.zeros(4, VOCABULARY)
+    logits[:, -1] = 20.0
+    for probs in (None, torch.full((3, VOCABULARY), 1 / VOCABULARY)):
+        for _ in range(20):
+            (row,) = verify(logits, torch.tensor([1.0]), torch.tensor([-1, -1, -1]), [3], probs)
+            assert row[0] >= 0
+            assert row[1:] == [-1, -1, -1]
+
+
 def test_drafts_of_the_targets_own_distribution_are_kept() -> None:
     logits = torch.randn(4, VOCABULARY)
     for _ in range(50):
