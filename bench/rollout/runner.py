@@ -17,7 +17,7 @@ from laguna_serve.bench.harness.run import MeasurementStoppedError
 from laguna_serve.bench.rollout.options import RolloutsConfig
 from laguna_serve.bench.rollout.points import Driver, measure_point, plan_point
 from laguna_serve.bench.rollout.result import MeasuredPoint, Turn, Work
-from laguna_serve.bench.rollout.weights import give_version, open_versions
+from laguna_serve.bench.rollout.weights import check_start, give_version, open_versions
 from laguna_serve.bench.stats.drift import Drift, find_drift
 from laguna_serve.bench.stats.intervals import RoundPair
 from laguna_serve.serving.client.completions import open_session
@@ -162,7 +162,9 @@ def _measure_in_turn(job: Job, batches: Sequence[int], versions: Sequence[str], 
 
 async def _measure_pass(job: Job, arm: Arm, batch: int, version: str | None, progress: Progress) -> TurnsPass:
     async with open_session() as session:
-        if version is not None:
+        if version is None:
+            await check_start(session, arm, job.versions)
+        else:
             await give_version(session, arm, version, job.versions[version])
         driver = Driver(session, arm, job.work)
         turns = await measure_point(job.work, batch, job.prompts, {arm.name: driver}, progress, gamma=job.fixed_gamma)
@@ -174,6 +176,8 @@ async def _measure(
 ) -> None:
     async with open_session() as session:
         drivers = {arm.name: Driver(session, arm, job.work) for arm in arms}
+        for arm in arms if batches else ():
+            await check_start(session, arm, job.versions)
         for batch in batches:
             await _measure_one(job, batch, None, drivers, progress)
         for name in versions:

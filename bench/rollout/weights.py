@@ -6,7 +6,7 @@ prefix cache, resume. An engine takes them when it was started with `EngineConfi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -79,6 +79,17 @@ async def give_version(session: aiohttp.ClientSession, arm: Arm, name: str, fold
     served = (await _ask(session, arm, "/weight_info", method="GET")).weight_version
     if served != name:
         raise EndpointError(f"{arm.name}: expected version {name} after the update, got {served!r}; restart the engine")
+
+
+async def check_start(session: aiohttp.ClientSession, arm: Arm, versions: Collection[str]) -> None:
+    """Check, where there are versions, that none is served yet: an earlier run leaves a server with its last one.
+
+    Raises:
+        EngineError, EndpointError: the engine died, does not say, or serves one.
+    """
+    served = (await _ask(session, arm, "/weight_info", method="GET")).weight_version if versions else None
+    if served in versions:
+        raise EndpointError(f"{arm.name}: expected the model itself, got {served} of --versions; restart that server")
 
 
 async def empty_cache(session: aiohttp.ClientSession, arm: Arm) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
-from mock_engine import START, Clock
+from mock_engine import START, Clock, MockEngine, Settings
+from mock_engine.weights import Weights
 from msgspec import structs
 from rollout_launcher import RolloutLauncher
 
@@ -23,8 +27,10 @@ from laguna_serve.bench.rollout import runner as rollouts_runner
 from laguna_serve.bench.rollout.break_even import summarise_point
 from laguna_serve.bench.rollout.options import RolloutsConfig
 from laguna_serve.bench.rollout.result import INCONCLUSIVE, LOSES, PAYS, Estimate, MeasuredPoint, RolloutsResult, Turn
+from laguna_serve.bench.rollout.weights import check_start
 from laguna_serve.serving.client import counters as metrics
 from laguna_serve.serving.client.counters import Counters
+from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.kit.results import read_result
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
@@ -272,6 +278,21 @@ def test_engine_that_does_not_do_as_told_ends_the_run(
     status, _, output = run("--batch", "8", *versions("v1"))
     assert status == 2
     assert message in output
+
+
+def test_server_that_an_earlier_run_left_with_a_version_is_not_the_model() -> None:
+    async def look(url: str, versions: list[str]) -> None:
+        arm: Any = SimpleNamespace(name="candidate", base_url=url, check=lambda: None)
+        async with aiohttp.ClientSession() as session:
+            await check_start(session, arm, versions)
+
+    weights = Weights()
+    with MockEngine(Settings(weights=weights)) as engine:
+        asyncio.run(look(engine.url, ["v1"]))
+        weights.version = "v1"
+        asyncio.run(look(engine.url, []))
+        with pytest.raises(EndpointError, match=r"candidate: expected the model itself, got v1 of --versions; restart"):
+            asyncio.run(look(engine.url, ["v0", "v1"]))
 
 
 @pytest.mark.parametrize(
