@@ -412,6 +412,21 @@ def test_passes_of_other_settings_are_refused(engines: type[RoleEngine], run: An
 
 
 @pytest.mark.slow
+def test_passes_that_something_else_computed_are_refused(
+    engines: type[RoleEngine], run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The certificate would say of them that this machine's kernels made them, as it is now."""
+    monkeypatch.setenv("LAGUNA_CPU_ISA", "avx2")
+    assert run()[0] == 0
+    monkeypatch.setenv("LAGUNA_CPU_ISA", "portable")
+    status, _, output = run()
+    assert status == 2
+    assert "got another one's; choose another --out or remove it" in output
+    monkeypatch.setenv("LAGUNA_CPU_ISA", "avx2")
+    assert run()[0] == 0
+
+
+@pytest.mark.slow
 def test_ab_certifies_on_request(
     engines: type[RoleEngine], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
