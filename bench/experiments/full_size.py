@@ -276,8 +276,8 @@ PUBLISHED = (
         by_hand="XS.2 FP8 with its drafter: `VLLM_USE_DEEP_GEMM` 0 (our default) and 1,"
         " `VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER` 0 and 1",
         expected="the recipes forbid 1; if all four hold parity on 0.32, the defaults can go for that version. The only"
-        " drafter of XS.2 is the bf16 model's, whose hidden states are not rotated as FP8's are: about 1 token a step, and"
-        " no speed, is what to expect of it (XS-2.1's FP8 release has one of its own)",
+        " drafter of XS.2 is the bf16 model's, whose hidden states are not rotated as FP8's are: expect about 1 token a"
+        " step of it, and no speed (XS-2.1's FP8 release has one of its own)",
         why="which vLLM still needs the vendor's variables",
     ),
     Step(

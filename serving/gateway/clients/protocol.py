@@ -27,7 +27,6 @@ from laguna_serve.serving.gateway.clients.turns import Turns
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.wire.headers import read_head
 
-# What a connection's timer is set for.
 # Requests of one connection that are begun before others have their turn: of what came at once, or waited behind
 # another one.
 MOST_AT_ONCE = 16
@@ -51,8 +50,7 @@ class GatewayProtocol(StrictProtocol):
         self._answer: Answer | None = None
         # What was begun last; of those that wait behind it some are being begun.
         self._begun: Any = None
-        self._going_on = False
-        self._at_once = 0
+        self._going_on, self._at_once = False, 0
         self._held: list[bytes] = []
         self._peer = ""
 
@@ -103,8 +101,7 @@ class GatewayProtocol(StrictProtocol):
             self._timer.awaited = NOTHING
         self._at_once = 0
         super().data_received(data)
-        if self.pipeline:
-            self._go_on_soon()
+        self._go_on_soon()
         self._watch()
 
     def _feed(self, data: bytes) -> None:
@@ -146,8 +143,8 @@ class GatewayProtocol(StrictProtocol):
         )
         before, self.cycle = self.cycle, answer
         self._at_once += 1
-        free = before is None or before.response_complete
-        if free and self._at_once <= MOST_AT_ONCE and not self.flow.write_paused:
+        may_begin = self._at_once <= MOST_AT_ONCE and not self.flow.write_paused
+        if may_begin and (before is None or before.response_complete):
             self._start_asgi_task(answer, self.app)
         else:
             self.pipeline.appendleft((answer, self.app))  # type: ignore[arg-type]
@@ -209,9 +206,8 @@ class GatewayProtocol(StrictProtocol):
             return
         if len(self.pipeline) <= MAX_PIPELINED:
             self.flow.resume_reading()
-        if self.pipeline:
-            self._go_on_soon()
-        elif not self._going_on:
+        self._go_on_soon()
+        if not self._going_on:
             self._watch()
 
     def _go_on_soon(self) -> None:
@@ -281,10 +277,9 @@ class GatewayProtocol(StrictProtocol):
                 self.refuse(refusals.head_too_slow())
         elif awaited == BODY and self._answer is not None:
             self._answer.give_up()
-        elif awaited == NEXT and self.transport.get_write_buffer_size():
-            self.transport.abort()  # a client that takes nothing would keep it open
         elif awaited == NEXT:
-            self.timeout_keep_alive_handler()
+            unread = self.transport.get_write_buffer_size()  # of a client that takes nothing: it would stay open
+            self.transport.abort() if unread else self.timeout_keep_alive_handler()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what came, which is no HTTP.

@@ -51,10 +51,7 @@ class Pool:
         self._take_limits(self.limits)
 
     def plan(self, model: Model) -> list[Engine]:
-        """Plan the engines that a configuration asks for; one of the same name and URL keeps its state.
-
-        Changes nothing.
-        """
+        """Plan the engines of a configuration, changing nothing; one of the same name and URL keeps its state."""
         known = {(engine.config.name, engine.config.url): engine for engine in self.engines if not engine.removed}
         return [known.get((upstream.name, upstream.url)) or self._make_engine(upstream) for upstream in model.upstreams]
 

@@ -65,11 +65,9 @@ class WeightGroup:
             raise
 
     async def resume(self, engines: Sequence[Engine] | None = None) -> None:
-        """Every engine goes on, or those given. One that cannot is fenced off, and one in the middle of an update.
-
-        One that a reload has taken out since it was paused goes on, too: it has requests to finish.
-        """
+        """Every engine goes on, or those given. One that cannot is fenced off, and one in the middle of an update."""
         self.fence_changed()
+        # Taken out by a reload meanwhile, and with requests to finish.
         gone = [engine for engine in self.pool.held if engine not in self.pool.engines]
         try:
             await self.call("/resume", [*self.pool.engines, *gone] if engines is None else engines)
@@ -213,9 +211,8 @@ class WeightGroup:
         One that another part is still unknown of does not.
         """
         reached = self.pool.engines if engines is None else engines
-        known = {engine: changed for engine, changed in self._changed.items() if not engine.removed}
-        left = {e: changed.difference(parts if e in reached else ()) for e, changed in known.items()}
-        self._changed = {engine: changed for engine, changed in left.items() if changed}
+        left = {e: changed.difference(parts if e in reached else ()) for e, changed in self._changed.items()}
+        self._changed = {engine: changed for engine, changed in left.items() if changed and not engine.removed}
         self.pool.set_versions(weight_version, draft_version)
         self.fence_changed()
 
