@@ -37,7 +37,7 @@ DISTRIBUTIONS = {
 # Several distributions with one name to import: whoever imports it needs both of ours.
 TOGETHER = {"opentelemetry-exporter-otlp-proto-http": "opentelemetry-sdk"}
 # vLLM's own; and the clients that scripts/clients.sh tries have an environment and a list of their own.
-WITH_VLLM = {"numba", "tokenizers", "torch", "triton", "transformers", "vllm"}
+WITH_VLLM = {"huggingface-hub", "numba", "tokenizers", "torch", "triton", "transformers", "vllm"}
 CLIENTS = "scripts/clients/"
 
 

@@ -18,6 +18,7 @@ from laguna_serve.scripts.grpo_arms.report import NAMES, render_markdown
 from laguna_serve.scripts.grpo_arms.result import ARMS, Arm, ArmRun, ArmsResult, find_gains, summarise
 from laguna_serve.scripts.training.rl.config import ROOT, GrpoConfig
 from laguna_serve.scripts.training.rl.run import RESULT, GrpoResult, train_policy
+from laguna_serve.scripts.training.rl.sources import check_sources
 from laguna_serve.scripts.training.rl.steps import Step
 from laguna_serve.serving.kit.cli import CONTINUES, FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Brief, Command
@@ -187,7 +188,12 @@ def read_steps(path: Path) -> list[Step]:
 
 
 def run_arm(config: GrpoConfig) -> GrpoResult:
-    """Read a finished run, or run it. Raises RunDirError: the folder holds another one."""
+    """Read a finished run, or run it.
+
+    Raises:
+        RunDirError: the folder holds another one.
+        CheckpointError: its model or its drafter was written anew since.
+    """
     path = config.out / RESULT
     if not path.exists():
         result = train_policy(config)
@@ -196,6 +202,7 @@ def run_arm(config: GrpoConfig) -> GrpoResult:
     found = read_result(path, GrpoResult)
     if found.run != config.decisive or len(found.log) != config.steps + 1:
         raise RunDirError(f"{config.out}: expected this run, got another one's; choose another --out or remove it")
+    check_sources(config.out, config.sources)
     return found
 
 

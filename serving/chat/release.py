@@ -11,6 +11,7 @@ from typing import Any
 from laguna_serve.serving.chat.template import Abilities, probe_template, read_object, read_template
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.files import expand
+from laguna_serve.serving.kit.results import JsonObject
 
 # What the poolside_v1 reasoning parser looks up, and refuses to start without.
 REASONING_TOKENS = ("<assistant>", "<think>", "</think>")
@@ -80,10 +81,15 @@ def read_given_template(given: str) -> str:
 
 
 def assume_release(hub_id: str) -> Release:
-    """For a hub id that is not on this machine: Poolside's own Laguna models all have tools and thinking."""
-    owner, _, name = hub_id.partition("/")
-    published = owner.lower() == "poolside" and name.lower().startswith("laguna") and "base" not in name.lower()
-    return Release(hub_id, Abilities(tools=True, thinking=True) if published else None)
+    """For a hub id that is not on this machine: Poolside's own Laguna models all have tools and thinking.
+
+    Of S-2.1 it is on where nobody says otherwise.
+    """
+    owner, _, name = hub_id.lower().partition("/")
+    if owner != "poolside" or not name.startswith("laguna") or "base" in name:
+        return Release(hub_id, None)
+    kwargs: JsonObject = {"enable_thinking": True} if name.startswith("laguna-s-2.1") else {}
+    return Release(hub_id, Abilities(tools=True, thinking=True), template_kwargs=kwargs)
 
 
 def _find_missing_tokens(folder: Path) -> tuple[str, ...]:

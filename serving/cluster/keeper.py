@@ -161,10 +161,10 @@ class WeightKeeper:
         errors = list_errors(replies) or compare(replies)
         if not self._members[model]:
             # Whether they can be loaded is not known, and those struck off may have either: none may go on.
-            self._settle(model, replace(before, epoch=after.epoch))
-            return report("reduced", NOBODY)
+            self._versions[model] = replace(before, epoch=after.epoch)
+            return report("reduced", NOBODY | self._settle(model, self._versions[model]))
+        errors = errors or self._settle(model, after)
         if not errors:
-            self._settle(model, after)
             self._note_told(model, replies)
             lost = await self._call(model, "release", after.epoch)
             self._strike_off(model, lost)
@@ -185,9 +185,14 @@ class WeightKeeper:
         self._strike_off(model, lost)
         return report("reduced" if failed or lost else "rolled_back", errors | failed | lost)
 
-    def _settle(self, model: str, version: Version) -> None:
+    def _settle(self, model: str, version: Version) -> dict[str, str]:
+        """Note a version, in the file first: what is not there is not served. What went wrong with that."""
+        try:
+            write_versions(self._file, self._versions | {model: version}, self._struck)
+        except WriteError as error:
+            return {"weights.file": str(error)}
         self._versions[model] = version
-        write_versions(self._file, self._versions, self._struck)
+        return {}
 
     def _note_told(self, model: str, replies: Iterable[Reply]) -> None:
         now_s = time.monotonic()

@@ -17,6 +17,7 @@ from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, read_model_flags
 from laguna_serve.serving.commands.serve_several import run_several
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, find_port, require_port
+from laguna_serve.serving.engine.hub import describe_models
 from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, print_result
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag
 from laguna_serve.serving.kit.results import to_json
@@ -190,6 +191,8 @@ def run(config: ServeConfig) -> int:
     """
     if config.more_models or config.memory_budget is not None or config.idle_timeout is not None:
         return run_several(config)
+    if not config.dry_run:  # γ is found by the drafter's
+        describe_models(config.model, config.draft)
     service = plan_service(config)
     if service.host not in LOOPBACK and not service.locked:
         print(f"warning: {service.host}: everybody who can reach it may ask; give --api-key", file=sys.stderr)

@@ -9,6 +9,7 @@ import sys
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.commands.gateway import GatewayResult, check_engines
 from laguna_serve.serving.commands.model_options import ModelOptions
+from laguna_serve.serving.engine.hub import describe_models
 from laguna_serve.serving.kit.cli import HELD
 from laguna_serve.serving.kit.results import JsonObject, to_json
 from laguna_serve.serving.machine.local_http import LOOPBACK
@@ -29,6 +30,8 @@ def run_several(config: ModelOptions) -> int:
     from laguna_serve.serving.gateway.run import serve
 
     settings = plan_several(config)
+    for name in settings.models:
+        describe_models(name, None)
     gateway = make_several_config(settings)
     check_engines(gateway)
     if gateway.server.host not in LOOPBACK and not gateway.keys:

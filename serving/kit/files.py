@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +32,8 @@ def expand(name: str) -> Path:
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make the file at the path that it is given, then sync it and rename it to `path`.
 
-    Devices and pipes are written to, and stay what they are.
+    A file that was there leaves it its mode, and its owner and group where that is permitted.  Devices and pipes are
+    written to, and stay what they are.
 
     Raises:
         WriteError: the disk is full or refuses. Other errors of `write` than OSError, EOFError and those that say so
@@ -43,7 +45,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             write(path)
             return
         write(partial)
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
+        _take_over(path, partial)
         _sync(partial)
         partial.replace(path)
         _sync(path.parent)
@@ -55,6 +57,19 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _take_over(path: Path, partial: Path) -> None:
+    """Give a file the owner and the mode of the one whose place it takes; of none the process' own."""
+    try:
+        before = path.stat()
+    except FileNotFoundError:
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
+        return
+    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+        with suppress(PermissionError):
+            os.chown(partial, before.st_uid, before.st_gid)
+    partial.chmod(stat.S_IMODE(before.st_mode))
 
 
 def write_stream(path: Path, write: Callable[[BinaryIO], object]) -> None:

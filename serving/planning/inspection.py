@@ -249,8 +249,9 @@ def choose_chat(config: EngineConfig, folder: Path | None) -> ChatContract:
     if config.chat is None:
         return NO_CONTRACT
     tokenizer = find_folder(find_value(config.extra_args, "--tokenizer") or config.model)
-    if folder is None or tokenizer is None:
-        release = assume_release(config.model)
-    else:
+    release = None
+    if folder is not None and tokenizer is not None:
         release = read_release(folder, tokenizer, find_value(config.extra_args, "--chat-template"))
+    if release is None or (release.abilities is None and not expand(config.model).is_dir()):  # or a part was fetched
+        release = assume_release(config.model)
     return choose_chat_flags(release, config.chat, config.extra_args)

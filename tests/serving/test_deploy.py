@@ -20,9 +20,11 @@ from laguna_serve.serving.gateway.access.ledger import Ledger, Tally
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.config.keys import Key
 from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.residence.model import OwnedModel, State, Terms
 from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, merge
 from laguna_serve.serving.gateway.telemetry.keys import KeyMetrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.gateway.telemetry.owned import OwnedMetrics
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "serving" / "deploy"
@@ -70,6 +72,7 @@ def find_labels() -> dict[str, set[str]]:
     holder.since_start["m"] = Tally(1, 1, 1, 1)
     registry: CollectorRegistry = metrics.registry
     registry.register(KeyMetrics(keyring))
+    registry.register(OwnedMetrics({"m": OwnedModel("m", Terms())}, [state.value for state in State]))
     families: list[Metric] = list(registry.collect())
     found: dict[str, set[str]] = {}
     for family in families:

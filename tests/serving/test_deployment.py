@@ -32,6 +32,8 @@ CLUSTER = [
 ]
 RELEASES = ROOT / "tests" / "fixtures" / "releases"
 CACHE = "/home/laguna/.cache"
+# What production-stack's chart gives vLLM by itself, or what is vLLM's own default.
+CHART_OWN = {"--served-model-name", "--dtype", "--seed", "--gpu-memory-utilization"}
 # The services of compose.yaml that are engines.
 ENGINES = ("speculative", "plain")
 
@@ -257,3 +259,15 @@ def test_production_stack_starts_vllm_as_laguna_would(capsys: pytest.CaptureFixt
     assert f"--max-num-seqs {spec['vllmConfig']['maxNumSeqs']}" in planned
     for variable in spec["env"]:
         assert plan["environment"][variable["name"]] == variable["value"]
+    # And all of the plan's are there: the chart knows those of the model, the network and the cache itself.
+    given = {
+        *spec["vllmConfig"]["extraArgs"],
+        "--model",
+        "--host",
+        "--port",
+        "--max-num-seqs",
+        "--enable-prefix-caching",
+    }
+    left_out = {argument for argument in plan["command"] if argument.startswith("--")} - given
+    assert left_out <= CHART_OWN, left_out
+    assert values["servingEngineSpec"]["securityContext"]["fsGroup"] == 10001  # the image's user

@@ -220,7 +220,10 @@ def test_damaged_generation_config_is_one_line(target: Path, generation: Any, me
     ("hub_id", "expected"),
     [
         ("poolside/Laguna-XS.2", [*TOOLS, *REASONING]),
-        ("poolside/Laguna-S-2.1-FP8", [*TOOLS, *REASONING]),
+        (
+            "poolside/Laguna-S-2.1-FP8",
+            [*TOOLS, *REASONING, "--default-chat-template-kwargs", '{"enable_thinking": true}'],
+        ),
         ("poolside/Laguna-XS.2-base", []),
         ("someone/laguna-tune", []),
     ],

@@ -141,6 +141,23 @@ def test_full_disk_does_not_keep_a_replica(tmp_path: Path, monkeypatch: pytest.M
     assert not bad.held
 
 
+def test_full_disk_takes_all_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a keeper that is started again would not know of is not served; and nobody stays on hold."""
+
+    def fail(*_: object) -> None:
+        raise WriteError("weights.json: expected room, got none")
+
+    replicas = TellingReplica("a"), TellingReplica("b")
+    keeper = start(tmp_path, *replicas)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_versions", fail)
+        assert update(keeper) == ("rolled_back", {"weights.file": "weights.json: expected room, got none"})
+    assert all((one.weights, one.epoch, one.held) == ("default", 0, False) for one in replicas)
+    assert asyncio.run(keeper.confirm("m", "a", 0, replicas[0].told))
+    assert asyncio.run(keeper.find("m")).weight_version == "default"
+    assert update(keeper) == ("updated", {})
+
+
 def test_one_that_cannot_tell_is_named_and_the_update_counts(tmp_path: Path) -> None:
     replicas = TellingReplica("a", mute=True), TellingReplica("b")
     keeper = start(tmp_path, *replicas)
