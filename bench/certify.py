@@ -30,7 +30,7 @@ from laguna_serve.bench.certificate.report import render_html, render_markdown, 
 from laguna_serve.bench.certificate.result import LINE, Certificate
 from laguna_serve.bench.certificate.row_matched import write_blank_drafter
 from laguna_serve.bench.certificate.runner import REFERENCE, Job, run_job
-from laguna_serve.bench.certificate.subject import find_gamma, find_identity
+from laguna_serve.bench.certificate.subject import digest_lasting, find_gamma, find_identity
 from laguna_serve.bench.certificate.verdict import DEFECT, ROW_MATCHED
 from laguna_serve.bench.harness.prompts import PromptsConfig, PromptsError, fingerprint_prompts
 from laguna_serve.serving.checkpoint import find_folder
@@ -208,7 +208,7 @@ def make_job(config: CertifyConfig, environment: Environment) -> Job:
             "prompts": fingerprint_prompts(prompts),
             "concurrency": list(config.concurrency),
             "checkpoints": checkpoints,
-            "identity": None if identity is None else identity.sha256,
+            "identity": None if identity is None else digest_lasting(identity),
         }
         | given
         | {"versions": environment.versions, "device": environment.device.name if environment.device else None},

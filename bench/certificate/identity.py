@@ -37,7 +37,7 @@ PREFIXES = (
 VARIABLES = ("VLLM_BATCH_INVARIANT", "VLLM_FLOAT32_MATMUL_PRECISION", "LAGUNA_CPU_ISA", "LAGUNA_CPU_KERNELS")
 # How long a thread waits awake for the next work: older identities have it.
 WAITING = ("KMP_BLOCKTIME",)
-WEIGHTS = "weights, "
+WEIGHTS, THREADS_PART = "weights, ", "threads"
 NOT_HERE = "not on this machine"
 
 
@@ -82,11 +82,11 @@ def read_machine(environment: Environment, target: str | None) -> dict[str, str]
     parts = {name: version for name, version in environment.versions.items() if name in BUILD}
     parts |= {"processor": environment.cpu or "unknown", "processor's instructions": ", ".join(environment.isa)}
     parts |= ask_torch() | _read_driver(device)
-    parts["threads"] = engine.get(THREADS, "vLLM's choice")
+    parts[THREADS_PART] = engine.get(THREADS, "vLLM's choice")
     if device.kind == "cpu":
         parts["OpenMP"] = name_openmp(engine)
     if not weights and THREADS in engine and THREADS not in os.environ:
-        parts["threads"] = NOT_HERE
+        parts[THREADS_PART] = NOT_HERE
     return parts | list_variables(engine)
 
 

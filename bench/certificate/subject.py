@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, ArmSpec
 from laguna_serve.bench.arms.options import ArmsConfig, find_dtype
-from laguna_serve.bench.certificate.identity import Identity, make_identity, read_machine, read_weights
+from laguna_serve.bench.certificate.identity import (
+    THREADS_PART,
+    WEIGHTS,
+    Identity,
+    make_identity,
+    read_machine,
+    read_weights,
+)
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.flags.vllm import find_value
+from laguna_serve.serving.machine.threads import THREADS
 from laguna_serve.serving.planning.diffusion.command import count_states
 from laguna_serve.serving.speculation.drafting import open_drafter, resolve_gamma
 from laguna_serve.serving.speculation.flags import ADAPTIVE
@@ -33,6 +42,13 @@ def find_identity(config: ArmsConfig, specs: Mapping[str, ArmSpec], environment:
     named = {role: name for role, name in models.items() if name is not None}
     parts = read_machine(environment, config.model) | read_weights(named) | _list_settings(config)
     return make_identity(parts, named)
+
+
+def digest_lasting(identity: Identity) -> str:
+    """Digest what it says of all but weights, and what is found by them: a run that fetches them first goes on."""
+    found = {THREADS_PART, GAMMA}
+    parts = {name: said for name, said in identity.parts.items() if name not in found and not name.startswith(WEIGHTS)}
+    return make_identity(parts | {THREADS: os.environ.get(THREADS, "")}, {}).sha256
 
 
 def _list_settings(config: ArmsConfig) -> dict[str, str]:

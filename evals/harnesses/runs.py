@@ -223,6 +223,7 @@ async def _list_models(base_url: str) -> dict[str, _Model]:
 
 def list_settings(suite: Suite, target: Target, root: str, data: Path | None) -> dict[str, object]:
     """List what decides about a suite's answers; the endpoint's address does not."""
+    most = target.max_tokens if suite.run == "code" else target.answer_tokens
     files = sorted(data.glob(f"{suite.data.replace('{subject}', '*')}/*")) if data is not None else []
     return {
         "suite": [suite.task, suite.shots, suite.seed, suite.split],
@@ -233,7 +234,7 @@ def list_settings(suite: Suite, target: Target, root: str, data: Path | None) ->
             target.chat,
             target.limit,
             target.template,
-            target.answer_tokens,
+            most,
         ],
         "data": [[str(file.relative_to(data)), fingerprint(str(file))] for file in files] if data else [],
     }

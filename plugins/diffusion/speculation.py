@@ -43,12 +43,14 @@ class Decoder:
 
     Attributes:
         reference, stop: of the runs that it begins itself; their cache and guidance are those of every run.
+        keeps: runs keep the logits of their last step, as proposals need them and who looks at runs may.
     """
 
     predictor: Predictor
     reference: Reference
     stop: Collection[int] = ()
     speculation: Speculation | None = None
+    keeps: bool = True
     passes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -79,7 +81,7 @@ class Decoder:
         for run, states, logits in zip(runs, proposals, answers, strict=True):
             steps = run.steps
             while run.state in logits and run.find_end() is None:
-                run.take_step(logits[run.state])
+                run.take_step(logits[run.state], keep=self.keeps)
             run.passes += 1
             run.proposed += len(states)
             run.accepted += run.steps - steps - 1

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from laguna_serve.scripts.checkpoints.output import check_own
@@ -104,8 +105,8 @@ def train_student(config: DanteConfig) -> DanteResult:
     # One process of several holds them for all.
     with hold_folders(*((config.out, work) if run.is_main else ())):
         if run.is_main:
-            texts = [[record.teacher_text, record.output_entropy] for record in ordered]
-            claim_work(work, config.out, {**config.decisive, "model": fingerprint(str(config.model)), "records": texts})
+            settings = {**config.decisive, "model": fingerprint(str(config.model))}
+            claim_work(work, config.out, {**settings, "records": [msgspec.to_builtins(record) for record in ordered]})
         run.wait()  # the folder is there for all
         with defer_signals():
             run.train(taught)

@@ -32,6 +32,7 @@ from laguna_serve.serving.checkpoint.target import (
 )
 
 LAGUNA, SPECULATORS, ORIGINAL = "laguna", "speculators", "dflash"
+TARGET_ROTATED = "target_rotated"  # what `laguna drafter train` says of it
 ARCHITECTURE, ORIGINAL_ARCHITECTURE = "DFlashLagunaForCausalLM", "DFlashDraftModel"
 # What transformers' Qwen3Config has for it; DEFAULTS is LagunaConfig's.
 QWEN3_MAX_POSITIONS = 32768
@@ -61,6 +62,7 @@ class Drafter:
         causal: whether a place of the block sees those behind it, where the file says so.
         verifier: the model that it was trained for, where the file says so.
         head_rank: of its sequential head, where it has one.
+        target_rotated: whether it was trained on rotated hidden states (`find_rotation`), where the file says so.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Drafter:
     causal: bool | None = None
     verifier: str | None = None
     head_rank: int | None = None
+    target_rotated: bool | None = None
 
     @property
     def max_gamma(self) -> int:
@@ -151,7 +154,13 @@ def _read_laguna(folder: Path, config: ConfigJson) -> Drafter:
         target_layers=dflash.positive("num_target_layers") if "num_target_layers" in dflash.config else None,
         causal=_read_causal(dflash),
         head_rank=_read_head_rank(folder, dflash),
+        target_rotated=_read_rotated(config),
     )
+
+
+def _read_rotated(config: ConfigJson) -> bool | None:
+    said = config.get(TARGET_ROTATED)
+    return said if isinstance(said, bool) else None
 
 
 def _read_head_rank(folder: Path, dflash: Fields) -> int | None:
@@ -225,6 +234,7 @@ def _read_speculators(folder: Path, config: ConfigJson) -> Drafter:
         quantisation=read_quantisation(folder, config) or read_quantisation(folder, layers.config),
         attention=_read_attention(layers, count, gate=0, bias=bool(layers.config.get("attention_bias"))),
         verifier=Fields(folder, verifier, "speculators_config.verifier.").name("name_or_path") if verifier else None,
+        target_rotated=_read_rotated(config),
     )
 
 

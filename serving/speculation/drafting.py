@@ -206,6 +206,9 @@ def _find_other_form(target: Target, drafter: Drafter) -> str | None:
     """
     if drafter.verifier is not None and _last_part(drafter.verifier) == _last_part(target.name):
         return None
+    if drafter.target_rotated is not None:
+        others = f"was trained on {'rotated' if drafter.target_rotated else 'plain'} hidden states, which these are not"
+        return None if drafter.target_rotated == target.rotated else others
     own = target.quantisation.kind if target.quantisation is not None else ""
     found = FORM.search(_last_part(drafter.name))
     form = found[1] if found else ""

@@ -38,12 +38,12 @@ class Handle:
     def __init__(self, engine: Engine, request: Request, deliver: Deliver, now: float) -> None:
         self.request, self.deliver, self.submitted_s = request, deliver, now
         self.last_s: float | None = None
-        self.cancelled = False
+        self.cancelled: Reason | None = None
         self._engine = engine
 
-    def cancel(self) -> None:
-        """End it before the next pass, if it has not ended; its last event is then an abort."""
-        self._engine.cancel(self)
+    def cancel(self, reason: Reason = "abort") -> None:
+        """End it before the next pass, if it has not ended; its last event then has this reason."""
+        self._engine.cancel(self, reason)
 
 
 class Engine:
@@ -116,17 +116,17 @@ class Engine:
             self._changed.notify()
         return handle
 
-    def cancel(self, handle: Handle) -> None:
+    def cancel(self, handle: Handle, reason: Reason = "abort") -> None:
         """End a request before the next pass; one that waits, at once."""
         with self._changed:
-            handle.cancelled = True
+            handle.cancelled = reason
             waited = handle in self._waiting
             if waited:
                 self._waiting.remove(handle)
                 self.metrics.show_load(len(self._running), len(self._waiting))
             self._changed.notify()
         if waited:
-            self._finish(handle, "abort")
+            self._finish(handle, reason)
 
     def drain(self) -> None:
         """Take no more requests; the thread ends with the last of those that are there."""
@@ -195,7 +195,7 @@ class Engine:
                     self.metrics.count_prompt(len(handle.request.canvas.prompt))
                 self.metrics.show_load(len(self._running), len(self._waiting))
                 for _, handle in gone:
-                    self._finish(handle, "abort")
+                    self._finish(handle, handle.cancelled or "abort")
                 if self._running:
                     return True
                 if self._draining:
@@ -229,7 +229,7 @@ class Engine:
             handle.deliver(event)
         except Exception:
             logger.exception("a request's tokens could not be delivered: it is ended")
-            handle.cancelled = True
+            handle.cancelled = "abort"
 
     def _finish(self, handle: Handle, reason: Reason, error: str | None = None) -> None:
         self.metrics.count_end(reason, handle.submitted_s, self._clock())

@@ -25,7 +25,7 @@ class Run:
         limit: tokens after which the answer ends in any case; None: the canvas.
         listed: so many of the likeliest ids are kept beside each committed token's likelihood; None: not even that.
         likelihoods: by position, of what is committed.
-        last: the state before it and its logits [block_length, vocabulary] fp32; None at the start.
+        last: the state before it and its logits [block_length, vocabulary] fp32; None at the start, or not kept.
         steps: of the reference, so far.
         passes: of the target.
         proposed, accepted: states beside the current one, and those of them that the run then came by.
@@ -57,11 +57,14 @@ class Run:
         """Begin with nothing committed."""
         return cls(canvas, reference, canvas.start(), stop, limit, listed)
 
-    def take_step(self, logits: torch.Tensor) -> None:
-        """Take the reference's step, by logits [block_length, vocabulary] fp32 that were computed for this state."""
+    def take_step(self, logits: torch.Tensor, *, keep: bool = True) -> None:
+        """Take the reference's step, by logits [block_length, vocabulary] fp32 that were computed for this state.
+
+        keep: them, for proposals: of a large vocabulary they are hundreds of MiB.
+        """
         before = self.state
         self.state = step(self.canvas, self.reference, before, logits)
-        self.last = before, logits
+        self.last = (before, logits) if keep else None
         self.steps += 1
         if self.listed is not None:
             self.likelihoods |= read_likelihoods(self.canvas, before, self.state, logits, self.listed)

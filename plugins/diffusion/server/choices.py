@@ -73,13 +73,13 @@ def make_requests(body: Body, prompts: Sequence[Sequence[int]], served: Served, 
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         limit = body.max_completion_tokens
     block = body.block_length or defaults.block_length
-    room = served.max_model_len - max(map(len, prompts), default=0)
-    length = choose_length(body.canvas_length, limit, block, min(defaults.canvas_length, room // block * block))
     seed = body.seed if body.seed is not None else defaults.seeds.getrandbits(32) if body.temperature else 0
-    reference = choose_reference(body, served.decoder.reference, length // block)
     stop = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else served.stop)
     requests = []
     for prompt in prompts:
+        room = (served.max_model_len - len(prompt)) // block * block
+        length = choose_length(body.canvas_length, limit, block, min(defaults.canvas_length, room))
+        reference = choose_reference(body, served.decoder.reference, length // block)
         if len(prompt) + length > served.max_model_len:
             most = f"at most {served.max_model_len} tokens of prompt and canvas"
             raise ApiError(

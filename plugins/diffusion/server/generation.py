@@ -105,7 +105,7 @@ class Generation:
             piece = self._add_likelihoods(piece)
             if piece.reason is not None:
                 if piece.stopped_by is not None:  # a string, of which the engine does not know
-                    self._handles[index].cancel()
+                    self._handles[index].cancel("stop")
                 del self._pending[index]
             if piece.text or piece.ids or piece.reason is not None:
                 yield piece

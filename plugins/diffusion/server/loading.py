@@ -92,7 +92,8 @@ def load(options: ServerOptions) -> Served:
         logger.info("Proposals (%s): %s%s", options.chosen_proposer, trial, left_out)
         if not trial.pays:
             speculation = draft = None
-    decoder = Decoder(predictor, reference, (), speculation)
+            del proposer  # its weights make room for others
+    decoder = Decoder(predictor, reference, (), speculation, keeps=speculation is not None)
     token_bytes = count_token_bytes(reference, target, *([] if draft is None else [draft]))
     room = find_room(token_bytes, target.embedding.weight.device)
     return Served(

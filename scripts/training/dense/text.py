@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,25 +125,26 @@ def read_corpus(config: DistillConfig, tokenizer: Any, work: Path, ranks: Ranks)
 
 
 def _read_corpus(config: DistillConfig, tokenizer: Any, work: Path) -> Corpus:
-    """Make what is set aside of a source first: whether there is any decides what is trained on."""
+    """Make tokens of both, and of what is set aside of them, where both parts are long enough."""
     check_text(config.text)  # before conversations are made tokens
     chats_apart, text_apart = _choose(config.held_out_chats, config.chats), _choose(config.held_out_text, config.text)
-    try:
-        others = read_chats(chats_apart.source, tokenizer, work / "held-out", chats_apart.aside)
-    except TextError:
-        if not chats_apart.aside:
-            raise
-        chats_apart = HeldOut(config.chats, learned=True)
-        others = read_chats(config.chats, tokenizer, work / "chats")
-    kept = False if chats_apart.aside else None
-    chats = others if chats_apart.learned else read_chats(config.chats, tokenizer, work / "chats", kept)
+    others: Chats | None = None
     apart: Text | None = None
-    if text_apart.aside:
-        try:
+    with suppress(TextError):  # what is wrong with the source itself is said below
+        if chats_apart.aside:
+            chats = read_chats(config.chats, tokenizer, work / "chats", aside=False)
+            others = read_chats(config.chats, tokenizer, work / "held-out", aside=True)
+    with suppress(TextError):
+        if text_apart.aside:
+            training = read_text(config.text, tokenizer, config.length, work / "text", aside=False)
             apart = read_text(config.text, tokenizer, config.length, work / "held-out-text", aside=True)
-        except TextError:
-            text_apart = HeldOut(config.text, learned=True)
-    training = read_text(config.text, tokenizer, config.length, work / "text", False if text_apart.aside else None)
+    if others is None:  # too few to set any aside, or none need be
+        chats_apart = HeldOut(config.chats, learned=True) if chats_apart.aside else chats_apart
+        chats = read_chats(config.chats, tokenizer, work / "chats")
+        others = chats if chats_apart.learned else read_chats(chats_apart.source, tokenizer, work / "held-out")
+    if apart is None:
+        text_apart = HeldOut(config.text, learned=True) if text_apart.aside else text_apart
+        training = read_text(config.text, tokenizer, config.length, work / "text")
     if text_apart.aside or text_apart.learned:
         count = min(MEASURED_ROWS, config.measure_tokens // config.length + 1)
         rows = list((apart or training).batch("held-out", count, config.length))

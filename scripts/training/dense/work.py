@@ -56,6 +56,8 @@ def open_work(config: DistillConfig, recipe: Recipe, folder: Path, ranks: Ranks)
         "text": [config.text, fingerprint(config.text)],
         "chats": [config.chats, fingerprint(config.chats)],
         "width": sorted(config.width),
+        # Nothing else is set aside then: more is trained on.
+        "held_out": [config.held_out_text is not None, config.held_out_chats is not None],
     }
     wanted |= {"layerwise": config.layerwise, "top_k": config.top_k if config.store else None}
     wanted["teacher"] = hashlib.sha256(f"{fingerprint(str(folder))} {folder.resolve()}".encode()).hexdigest()[:16]

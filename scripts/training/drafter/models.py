@@ -21,7 +21,8 @@ from laguna_serve.scripts.checkpoints.drafters.speculators import SpeculatorsDra
 from laguna_serve.scripts.checkpoints.output import check_space, write_file, write_tensors
 from laguna_serve.scripts.training.drafter.config import NewDrafter
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, Target, read_config, read_dtype
-from laguna_serve.serving.checkpoint.drafter import LAGUNA, ORIGINAL, SPECULATORS, Drafter
+from laguna_serve.serving.checkpoint.drafter import LAGUNA, ORIGINAL, SPECULATORS, TARGET_ROTATED, Drafter
+from laguna_serve.serving.checkpoint.quantisation import find_rotation
 from laguna_serve.serving.speculation.drafting import check_fit, open_drafter
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -192,5 +193,8 @@ def write_drafter(made: Made, target_folder: Path, out: Path) -> None:
     for pattern in TOKENIZER_FILES:
         for path in sorted(target_folder.glob(pattern)):
             write_file(out / path.name, lambda partial, path=path: shutil.copyfile(path, partial))  # type: ignore[misc]
-    text = json.dumps(made.config, indent=1, ensure_ascii=False) + "\n"
+    config = {key: value for key, value in made.config.items() if key != TARGET_ROTATED}
+    if find_rotation(read_config(target_folder)) is not None:  # else it would be taken for a drafter of another form
+        config[TARGET_ROTATED] = True
+    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     write_file(out / "config.json", lambda partial: partial.write_text(text, encoding="utf-8"))

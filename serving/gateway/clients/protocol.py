@@ -27,8 +27,7 @@ from laguna_serve.serving.gateway.clients.turns import Turns
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.wire.headers import read_head
 
-# Requests of one connection that are begun before others have their turn: of what came at once, or waited behind
-# another one.
+# Requests of one connection that are begun before others have their turn: that came at once, or waited.
 MOST_AT_ONCE = 16
 logger = logging.getLogger(__name__)
 
@@ -204,8 +203,7 @@ class GatewayProtocol(StrictProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        if len(self.pipeline) <= MAX_PIPELINED:
-            self.flow.resume_reading()
+        self.read_on()
         self._go_on_soon()
         if not self._going_on:
             self._watch()
@@ -220,7 +218,9 @@ class GatewayProtocol(StrictProtocol):
         """Begin what waits behind the last answer, until something takes longer; more of it than a few, in turns."""
         for _ in range(MOST_AT_ONCE):
             if self._may_begin():
-                self._start_asgi_task(*self.pipeline.pop())
+                begun = self.pipeline.pop()
+                self.read_on()
+                self._start_asgi_task(*begun)
         self._going_on = False
         self._go_on_soon()
         if not self.transport.is_closing():
@@ -278,8 +278,8 @@ class GatewayProtocol(StrictProtocol):
         elif awaited == BODY and self._answer is not None:
             self._answer.give_up()
         elif awaited == NEXT:
-            unread = self.transport.get_write_buffer_size()  # of a client that takes nothing: it would stay open
-            self.transport.abort() if unread else self.timeout_keep_alive_handler()
+            # A client that asks on and reads nothing would stay.
+            self.transport.abort() if self.pipeline else self.timeout_keep_alive_handler()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what came, which is no HTTP.

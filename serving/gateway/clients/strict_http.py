@@ -142,6 +142,11 @@ class StrictProtocol(HttpToolsProtocol):
                 self.transport.write(refusals.render(error, getattr(self, "url", b"")))
             self.transport.close()
 
+    def read_on(self) -> None:
+        """Read on, unless too many requests wait behind another one."""
+        if len(self.pipeline) <= MAX_PIPELINED:
+            self.flow.resume_reading()
+
     def is_receiving(self) -> bool:
         """Whether a request has begun whose end has not come."""
         return self.cycle is not None and self.cycle.more_body

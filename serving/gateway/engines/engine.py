@@ -35,7 +35,8 @@ class Engine:
     moved on for an engine that was away (`Pool.welcome`). `versions` are those of its weights and its drafter's; a
     `fenced` one has other weights than it should, and is sent nothing. `lost_s`: since when the log has it as lost.
     One that `returns` is started again when it dies, by whoever started it: requests wait for it. While it is `away`
-    for that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (so far) are for people.
+    for that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (so far) are for people. One
+    that came while weights were changed is `unasked` until its first health check: requests wait for that.
     """
 
     config: Upstream
@@ -58,6 +59,7 @@ class Engine:
     lost_s: float | None = None
     returns: bool = False
     away: bool = False
+    unasked: bool = False
     restarts: int = 0
     deaths: tuple[Mapping[str, Any], ...] = ()
     last_scrape: tuple[float, dict[str, float]] | None = None
@@ -122,7 +124,7 @@ class Engine:
 
     def note_well(self) -> None:
         """Note that a health check succeeded."""
-        self.healthy = self.seen_well = True
+        self.healthy, self.seen_well, self.unasked = True, True, False
         self.misses, self.refusals, self.refused = 0, 0, False
         self.note_success()
 
@@ -133,6 +135,7 @@ class Engine:
         """
         self.misses += 1
         self.refusals += not silent
+        self.unasked = False
         self.last_error = reason
         if self.healthy is None:
             enough = 1

@@ -106,7 +106,7 @@ class Pool:
         up = [engine for engine in self.engines if engine.is_up(now) and engine not in avoid]
         up = up or [engine for engine in self.engines if engine.is_last_resort() and engine not in avoid]
         if not up:
-            if any(engine.returns and engine.fenced is None for engine in self.engines):
+            if any((engine.returns or engine.unasked) and engine.fenced is None for engine in self.engines):
                 return None
             raise errors.not_ready()
         if self.paused or self._is_behind(ticket):
@@ -271,7 +271,8 @@ class Pool:
         origin = Origin(upstream.url)
         origin.configure(upstream)
         doubted = self.updated or self.paused
-        return Engine(upstream, origin, healthy=False if doubted else None, refused=doubted)
+        healthy = False if doubted else None
+        return Engine(upstream, origin, healthy=healthy, refused=doubted, unasked=self.paused)
 
     def _list_allowed(self, engines: list[Engine], policy: WeightPolicy) -> list[Engine]:
         """List those whose weights may answer. Raises GatewayError: there is none."""

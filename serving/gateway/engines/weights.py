@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from laguna_serve.serving.gateway.engines import digests
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.update import Part, PauseMode, Update, UpdateRequest
+from laguna_serve.serving.gateway.wire.failures import find_message
 from laguna_serve.serving.kit.results import JsonObject
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class WeightGroup:
         self.opened = set[Engine]()  # an update has been started, and not finished
         self._part: Part = "update"  # of the steps that come one by one
         self.lock = asyncio.Lock()
+        self._beside: asyncio.Task[None] | None = None
 
     async def pause(self, mode: PauseMode) -> None:
         """Hold new requests in the queue, and pause every engine. Raises StepError: nothing is paused then."""
@@ -67,15 +68,20 @@ class WeightGroup:
     async def resume(self, engines: Sequence[Engine] | None = None) -> None:
         """Every engine goes on, or those given. One that cannot is fenced off, and one in the middle of an update."""
         self.fence_changed()
-        # Taken out by a reload meanwhile, and with requests to finish.
         gone = [engine for engine in self.pool.held if engine not in self.pool.engines]
         try:
-            await self.call("/resume", [*self.pool.engines, *gone] if engines is None else engines)
+            await self.call("/resume", self.pool.engines if engines is None else engines)
         except StepError as error:
             for engine, reason in error.errors.items():
                 engine.fence(f"/resume: {reason}")
         finally:
             self.pool.resume()
+            if gone:  # taken out by a reload meanwhile, and with requests to finish; nobody waits for them
+                self._beside = asyncio.create_task(self._let_go_on(gone))
+
+    async def _let_go_on(self, engines: Sequence[Engine]) -> None:
+        with contextlib.suppress(StepError):
+            await self.call("/resume", engines)
 
     async def start(self, part: Part) -> None:
         """Begin an update on every engine. Raises StepError: they are fenced off."""
@@ -273,7 +279,7 @@ class WeightGroup:
         try:
             async with self._session.request(method, url, **options) as response:
                 if response.status != 200:
-                    return OSError(f"HTTP {response.status}: {_find_message(await response.text(errors='replace'))}")
+                    return OSError(f"HTTP {response.status}: {find_message(await response.text(errors='replace'))}")
                 return await response.json(content_type=None)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return OSError(f"{type(error).__name__}: {error}")
@@ -300,10 +306,3 @@ class WeightGroup:
             for engine in self.pool.engines
         }
         return {"outcome": outcome, "model": self.pool.model.name, "error": error, "upstreams": engines}
-
-
-def _find_message(body: str) -> str:
-    """Find what an engine's error says: its message where it is in OpenAI's form, else the body as it is."""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        body = str(json.loads(body)["error"]["message"])
-    return body[:500]

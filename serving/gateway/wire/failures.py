@@ -1,8 +1,10 @@
-"""How a connection to an engine fails."""
+"""How a connection to an engine fails, and what an engine's error says."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import re
 import ssl
 
@@ -46,3 +48,10 @@ class SilentError(TimeoutError):
 
 class StalledError(TimeoutError):
     """What came was not taken for too long."""
+
+
+def find_message(body: str) -> str:
+    """Find what an engine's error says: its message where it is in OpenAI's form, else the body as it is."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        body = str(json.loads(body)["error"]["message"])
+    return body[:500]

@@ -54,8 +54,7 @@ def build_diffusion_command(config: EngineConfig, model: DiffusionModel, port: i
         command += ["--draft", str(find_draft(config.draft, model).folder)]
     if config.gamma is not None:
         command += ["--states", str(config.gamma)]
-    if config.seed:
-        command += ["--seed", str(config.seed)]
+    command += ["--seed", str(config.seed)]
     command += config.extra_args
     try:
         require_torchao(parse_options(command).draft_weights)

@@ -15,6 +15,7 @@ from openai import APIStatusError
 from running_diffusion import TIMEOUT_S, Running
 from tiny_llada import MASK, VOCABULARY, write_llada
 
+from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Evenly, PerStep, Reference, Threshold
 from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.server.bodies import ChatMessage
@@ -116,12 +117,68 @@ def test_clients_complete_stream_and_chat(server: Running) -> None:
 
 @pytest.mark.slow
 def test_canvas_is_shorter_where_the_prompt_leaves_less_room(server: Running) -> None:
-    """The usual canvas is 128 tokens, a block 32, the context 256."""
-    body = {"prompt": [5] * 200, "ignore_eos": True}
+    """The usual canvas is 32 tokens here, a block 8, the context 256."""
+    body = {"prompt": [5] * 235, "ignore_eos": True}
     answer = server.http.post("/v1/completions", json=body).json()
-    assert answer["usage"]["completion_tokens"] == 32
+    assert answer["usage"]["completion_tokens"] == 16
     refused = server.http.post("/v1/completions", json={**body, "prompt": [5] * 250})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
+@pytest.mark.slow
+def test_text_does_not_depend_on_the_other_prompts_of_its_list(server: Running) -> None:
+    """Nor does its canvas, which a longer prompt beside it made shorter."""
+    body = {"ignore_eos": True, "return_token_ids": True}
+    alone = server.http.post("/v1/completions", json={**body, "prompt": [5, 6]}).json()
+    beside = server.http.post("/v1/completions", json={**body, "prompt": [[5, 6], [5] * 235]}).json()
+    assert beside["choices"][0]["token_ids"] == alone["choices"][0]["token_ids"]
+    assert [len(choice["token_ids"]) for choice in beside["choices"]] == [32, 16]
+
+
+@pytest.mark.slow
+def test_prompts_ids_stand_where_vllm_has_them(server: Running) -> None:
+    """So that traces can be made of streams, and both arms of a benchmark be held against each other."""
+    asked = {"max_tokens": 8, "return_token_ids": True}
+    whole = server.http.post("/v1/chat/completions", json={**asked, "messages": CHAT}).json()
+    assert whole["prompt_token_ids"]
+    assert "prompt_token_ids" not in whole["choices"][0]
+    text = server.http.post("/v1/chat/completions", json={**asked, "messages": CHAT, "stream": True}).text
+    events = [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
+    assert [event.get("prompt_token_ids") for event in events] == [whole["prompt_token_ids"]] + [None] * (
+        len(events) - 1
+    )
+    text = server.http.post("/v1/completions", json={**asked, "prompt": [[5, 6], [7]], "stream": True}).text
+    choices = [json.loads(line[6:])["choices"][0] for line in text.split("\n\n")[:-2]]
+    for index, prompt in enumerate(([5, 6], [7])):
+        told = [choice.get("prompt_token_ids") for choice in choices if choice["index"] == index]
+        assert told == [prompt] + [None] * (len(told) - 1)
+
+
+@pytest.mark.slow
+def test_answer_that_a_string_ends_is_no_abort(folder: Path) -> None:
+    with own_server(folder) as server:
+        body = {"prompt": "tell me", "max_tokens": 64, "ignore_eos": True}
+        text = server.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        stopped = server.http.post("/v1/completions", json={**body, "stop": [text[2:4]]}).json()["choices"][0]
+        assert stopped["finish_reason"] == "stop"
+
+        def count() -> dict[str, float]:
+            lines = server.http.get("/metrics").text.splitlines()
+            found = [line for line in lines if "request_success_total{" in line]
+            return {line.split('finished_reason="')[1].split('"')[0]: float(line.split()[-1]) for line in found}
+
+        server.wait(lambda: sum(count().values()) == 2)
+        assert (count()["stop"], count()["length"]) == (1.0, 1.0)
+
+
+@pytest.mark.slow
+def test_logits_are_kept_for_proposals_alone(server: Running, folder: Path) -> None:
+    assert server.served.decoder.keeps
+    with own_server(folder) as plain:
+        assert not plain.served.decoder.keeps
+        run = plain.served.decoder.begin(Canvas((5, 6), 16, 8, MASK))
+        plain.served.decoder.advance([run])
+        assert run.last is None
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ class Writer:
     ident: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)
+    _prompted: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.ident = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(16)}"
@@ -79,6 +80,8 @@ class Writer:
         kind = "chat.completion" if self.is_chat else "text_completion"
         answer = self._make(kind, [self._make_whole(choice) for choice in choices])
         answer.usage = self._count(sum(choice.total for choice in choices))
+        if self.is_chat and self.body.return_token_ids:
+            answer.prompt_token_ids = list(self.prompts[0])
         return answer.model_dump_json(exclude_unset=True)
 
     def _make_whole(self, choice: Choice) -> ChoiceForm:
@@ -90,8 +93,15 @@ class Writer:
         else:
             form.text = choice.text
         if self.body.return_token_ids:
-            form.token_ids, form.prompt_token_ids = choice.ids, list(self.prompts[choice.index])
+            form.token_ids = choice.ids
+            self._add_prompt(form)
         return form
+
+    def _add_prompt(self, form: ChoiceForm) -> None:
+        """Add the prompt's ids to a completion's choice, once, where vLLM has them; a chat's are beside its choices."""
+        if not self.is_chat and form.index not in self._prompted:
+            form.prompt_token_ids = list(self.prompts[form.index])
+            self._prompted.add(form.index)
 
     def begin_events(self) -> list[str]:
         """Write the events before the first piece: a chat's choices say whose they are."""
@@ -100,7 +110,8 @@ class Writer:
         forms = [self._make_choice(index, None) for index in range(len(self.prompts))]
         for form in forms:
             form.delta = Said(role="assistant", content="")
-        return [self._write_event([form], 0) for form in forms]
+        first = list(self.prompts[0]) if self.body.return_token_ids else None
+        return [self._write_event([form], 0, prompt=None if form.index else first) for form in forms]
 
     def write_piece(self, piece: Piece, total: int) -> str:
         """Write a piece as an event; `total`: tokens of all choices so far."""
@@ -114,6 +125,7 @@ class Writer:
             form.stop_reason = piece.stopped_by
         if self.body.return_token_ids:
             form.token_ids = list(piece.ids)
+            self._add_prompt(form)
         return self._write_event([form], total)
 
     def end_events(self, total: int) -> list[str]:
@@ -133,8 +145,12 @@ class Writer:
         self._offsets[new.index] = offset + self.logprobs.measure(new.ids)
         return self.logprobs.write_completion(new.ids, new.likelihoods, offset)
 
-    def _write_event(self, choices: list[ChoiceForm], total: int, *, last: bool = False) -> str:
+    def _write_event(
+        self, choices: list[ChoiceForm], total: int, *, last: bool = False, prompt: list[int] | None = None
+    ) -> str:
         event = self._make("chat.completion.chunk" if self.is_chat else "text_completion", choices)
+        if prompt is not None:
+            event.prompt_token_ids = prompt
         options = self.body.stream_options
         if options is not None and options.include_usage:
             event.usage = self._count(total) if last or options.continuous_usage_stats else None

@@ -67,6 +67,7 @@ class AnswerForm(BaseModel):
     model: str
     choices: list[ChoiceForm]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ErrorForm(BaseModel):
