@@ -16,7 +16,7 @@ from laguna_serve.bench.certificate import identity
 from laguna_serve.bench.certificate.check import EXAMPLES, compare
 from laguna_serve.bench.certificate.identity import NOT_HERE, list_variables, make_identity
 from laguna_serve.bench.certificate.result import Certificate
-from laguna_serve.bench.certificate.subject import find_identity
+from laguna_serve.bench.certificate.subject import digest_lasting, find_identity
 from laguna_serve.serving.kit.environment import Environment, read_environment
 from laguna_serve.serving.kit.results import read_result, write_result
 
@@ -64,6 +64,18 @@ def check(certificate: Path, capsys: pytest.CaptureFixture[str]) -> Any:
         return status, (captured.out + captured.err).splitlines()
 
     return run_check
+
+
+def test_run_that_fetches_its_models_first_goes_on_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, threads by their size and a drafter's γ are known then; nothing else may be another."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = {"weights, target": "not on this machine", "threads": "not on this machine", "γ": "the drafter's most"}
+    after = {"weights, target": "0" * 64, "threads": "2", "γ": "7"}
+    digests = {digest_lasting(make_identity({**parts, "processor": "x"}, {})) for parts in (before, after)}
+    assert len(digests) == 1
+    assert digest_lasting(make_identity({**after, "processor": "y"}, {})) not in digests
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert digest_lasting(make_identity({**after, "processor": "x"}, {})) not in digests
 
 
 def test_it_applies_where_it_was_made(check: Any, certificate: Path) -> None:

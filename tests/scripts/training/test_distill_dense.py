@@ -321,6 +321,32 @@ def test_own_documents_are_set_aside_to_measure_on(tmp_path: Path, tokenizer: An
     assert described["held_out_chats"].startswith(f"{few}, which was trained on: it has too few documents")
 
 
+def test_one_document_is_measured_on_as_it_is_learned(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not its hash would set it aside, and leave nothing to train on."""
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("def f(x):\n    return x\n" * 50)
+    given = {"text": str(corpus), "held_out_chats": "toy:held-out", "chats": "toy:held-out"}
+    config = DistillConfig(teacher=str(TOY / "teacher"), out=tmp_path / "out", length=32, **given)
+    for aside in (True, False):
+        monkeypatch.setattr(text, "is_aside", lambda _document, aside=aside: aside)
+        read = text.read_corpus(config, tokenizer, tmp_path / str(aside), ALONE)
+        assert read.held_out_text.learned
+        assert read.training.tokens.documents == 1
+
+
+def test_what_is_set_aside_is_another_run(tmp_path: Path) -> None:
+    def open_with(**more: str) -> None:
+        config = DistillConfig(teacher=str(TOY / "teacher"), out=tmp_path / "out", work=tmp_path / "work", **more)
+        open_work(config, config.recipe, TOY / "teacher", ALONE)
+
+    open_with()
+    for name in ("held_out_text", "held_out_chats"):
+        with pytest.raises(CheckpointError, match="got another run's"):
+            open_with(**{name: "toy:held-out"})
+
+
 def test_student_is_asked_as_its_teacher_is(teacher: Any, tokenizer: Any, tmp_path: Path) -> None:
     folder, release = tmp_path / "teacher", FIXTURES / "Laguna-XS.2-FP8"
     folder.mkdir()

@@ -174,8 +174,39 @@ def test_engine_that_is_removed_in_an_update_of_weights_goes_on() -> None:
         reload(front, lambda: parse_config({"models": models}, "test"))
         wait_until(lambda: old[1].removed)
         assert front.ask_admin("/resume", {}).status == 200
-        assert (one.paused, two.paused) == (False, False)
+        wait_until(lambda: (one.paused, two.paused) == (False, False))
         assert [engine.origin.silence_allowed for engine in old] == [False, False]
+
+
+def test_engine_that_is_gone_and_hangs_holds_up_nobody() -> None:
+    async def hang(exchange: Exchange) -> None:
+        await asyncio.sleep(60)
+
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        assert front.ask_admin("/pause?mode=keep", {}).status == 200
+        two.handlers["/resume"] = hang
+        old = front.relay.pools["m"].engines[1]
+        models = [{"name": "m", "upstreams": [{"name": "a", "url": one.url}]}]
+        reload(front, lambda: parse_config({"models": models}, "test"))
+        wait_until(lambda: old.removed)
+        assert front.ask_admin("/resume", {}).status == 200
+        assert front.ask(PATH, b'{"model": "m"}').status == 200
+        wait_until(lambda: any("/resume" in exchange.line for exchange in two.seen))
+        assert old.fenced is None
+
+
+def test_requests_wait_for_engines_that_came_while_weights_changed() -> None:
+    with RlEngine() as one, RlEngine() as new, gateway(one) as front, ThreadPoolExecutor(2) as beside:
+        assert front.ask_admin("/pause?mode=keep", {}).status == 200
+        first = beside.submit(front.ask, PATH, b'{"model": "m"}')
+        wait_until(lambda: front.relay.pools["m"].queued == 1)
+        models = [{"name": "m", "upstreams": [{"name": "b", "url": new.url}]}]
+        reload(front, lambda: parse_config({"models": models}, "test"))
+        wait_until(lambda: front.relay.pools["m"].engines[0].config.name == "b")
+        second = beside.submit(front.ask, PATH, b'{"model": "m"}')
+        wait_until(lambda: front.relay.pools["m"].queued == 2)
+        assert front.ask_admin("/resume", {}).status == 200
+        assert [asked.result(10).status for asked in (first, second)] == [200, 200]
 
 
 def test_engine_that_comes_in_an_update_of_weights_answers_nothing_before_it_was_asked() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import socket
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -115,6 +117,38 @@ def test_client_that_reads_later_gets_all_answers(caplog: pytest.LogCaptureFixtu
         sending.join()
         assert answered.count(b"HTTP/1.1 401 ") == count + 1
         expect_clean(front, caplog)
+
+
+@pytest.mark.parametrize("before", [0, MOST_AT_ONCE - 1, MOST_AT_ONCE, MOST_AT_ONCE + 1])
+def test_body_of_a_request_that_had_to_wait_is_read_to_its_end(before: int) -> None:
+    last = post(CLOSE, b'{"model": "m", "prompt": "' + b"x" * 150_000 + b'"}')
+    with Upstream() as engine, gateway(engine, server={"body_timeout_s": 3.0}) as front, front.connect() as client:
+        client.sendall(ask("GET", "/nope") * before + last[:120_000])
+        wait_until(lambda: front.server.server_state.total_requests == before)
+        client.sendall(last[120_000:])
+        answered = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    assert answered.count(b"HTTP/1.1 404 ") == before
+    assert answered.count(b"HTTP/1.1 200 ") == 1
+
+
+def test_client_that_rests_gets_the_rest_of_its_answer() -> None:
+    size = 4_000_000
+
+    async def say_much(exchange: Exchange) -> None:
+        await exchange.answer(b"x" * size)
+
+    with (
+        Upstream(handlers={PATH: say_much}) as engine,
+        gateway(engine, server={"keepalive_s": 0.2}) as front,
+        socket.socket() as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        client.connect(("127.0.0.1", front.port))
+        client.sendall(post())
+        wait_until(lambda: bool(engine.seen))
+        time.sleep(0.6)  # longer than a connection is kept that nothing is asked on
+        answered = b"".join(iter(lambda: client.recv(1 << 20), b""))
+    assert answered.count(b"x" * size) == 1
 
 
 def test_request_behind_another_one_has_its_place() -> None:

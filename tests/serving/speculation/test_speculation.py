@@ -220,6 +220,17 @@ def test_drafter_for_another_form_of_a_release_is_named(model: str, draft: str, 
     assert message is None or re.search(message, lines[0])
 
 
+@pytest.mark.parametrize(("rotated", "count"), [(True, 0), (False, 1), (None, 1)])
+def test_drafter_that_says_what_it_was_trained_on_is_believed(rotated: bool | None, count: int, tmp_path: Path) -> None:
+    """`laguna drafter train` says it: the folder may have any name."""
+    path = tmp_path / "my-drafter"
+    path.mkdir()
+    config = json.loads((RELEASES / "Laguna-XS-2.1-DFlash-FP8" / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | ({} if rotated is None else {"target_rotated": rotated})))
+    lines = [line for line in warnings(RELEASES / "Laguna-XS-2.1-FP8", path) if "next to nothing" in line]
+    assert len(lines) == count
+
+
 def test_rotation_outlives_what_it_was_quantised_with(make_checkpoint: MakeCheckpoint) -> None:
     described = json.loads((RELEASES / "Laguna-XS.2-FP8" / "config.json").read_text())["quantization_config"]
     rotated = make_checkpoint("rotated", TARGET, transform_config=described["transform_config"])
