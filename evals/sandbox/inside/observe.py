@@ -75,6 +75,7 @@ class Observer:
         self.calls = 0
         self.kinds: dict[str, Kind] = {}
         self.weaknesses: set[str] = set()
+        self.operations: set[str] = set()
         self.answers: dict[int, Any] = {}
         self._entry_is_class = False
         self._late = False
@@ -172,6 +173,15 @@ class Observer:
         self.weaknesses.add(name)
         self._tell(f"{text} (test line {line})" if line else text)
 
+    def add_operation(self, name: str) -> None:
+        """Note an operator with another value, or an attribute, of an object of the program.
+
+        It decides itself what comes of that: where the canonical solution gives a plain value, it decides no test.
+        """
+        self.operations.add(name)
+        if self.baseline is not None and name not in self.baseline["operations"]:
+            self.note("operator", f"expected a plain value, got an object, whose {name} was asked for")
+
     def is_answer(self, value: Any) -> bool:
         """Whether it is what a call has given."""
         return self.answers.get(id(value)) is value and value is not None
@@ -194,6 +204,7 @@ class Observer:
             "passed": passed,
             "calls": self.calls,
             "late": self._late,
+            "operations": sorted(self.operations),
             "kinds": self.kinds,
             "weaknesses": sorted(self.weaknesses),
             "entry_is_class": self._entry_is_class,

@@ -44,6 +44,13 @@ WRITTEN_CHARS = 1 << 20
 EXITS = ("SystemExit", "KeyboardInterrupt")
 
 
+def _find_asked(operation: str, args: tuple[Any, ...]) -> str | None:
+    """Find what an object is asked that can answer a test by itself: an operator with another value, an attribute."""
+    if operation == "getattr":
+        return str(args[0]) if args and not str(args[0]).startswith("_") else None
+    return operation if args and operation in SPECIALS else None
+
+
 class RemoteProgram(ObjectPeer):
     """The program. `test` is the tests' source."""
 
@@ -124,6 +131,8 @@ class RemoteProgram(ObjectPeer):
     def call(self, number: int, operation: str, args: tuple[Any, ...], named: Named) -> Any:
         """As it is, but that StopIteration of a function ends no loop of the tests', and the entry is observed."""
         observed = number == ENTRY and not operation
+        if (asked := _find_asked(operation, args)) is not None and number != SPACE:
+            self._observer.add_operation(asked)
         outer = self._key, self._changed
         self._key, self._changed = "", False
         try:

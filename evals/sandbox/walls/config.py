@@ -49,12 +49,13 @@ class RunRecord(TypedDict):
     """What a run of the canonical solution leaves, to compare those of programs with (observe.py).
 
     `kinds`: of every call's answer, by the call; `weaknesses`: of single tests; `late`: an argument changed after its
-    call.
+    call; `operations`: what the tests asked of its objects, operators and attributes.
     """
 
     passed: int
     calls: int
     late: bool
+    operations: list[str]
     kinds: dict[str, list[Any]]
     weaknesses: list[str]
     entry_is_class: bool
