@@ -51,6 +51,11 @@ class CampaignConfig:
             raise FlagError("--out: expected a folder for what is measured, or --plan, got neither")
 
     @property
+    def made_up(self) -> Path | None:
+        """The folder of checkpoints that steps make."""
+        return self.checkpoints or (None if self.out is None else self.out / "checkpoints")
+
+    @property
     def budget_s(self) -> float:
         """Seconds for all steps together."""
         return self.budget_min * 60

@@ -21,6 +21,7 @@ from laguna_serve.serving.kit.errors import CommandError
 GIVEN = (XS2, XS2_DRAFT, XS2_PRUNED)
 # A step that makes what others need.
 MAKERS = {DENSE_RANDOM: "dense-generate"}
+BUDGET_ENDED = "the budget ended"
 
 
 class PlanError(CommandError):
@@ -65,9 +66,10 @@ def make_plan(
     """
     planned: list[PlannedStep] = []
     left_s = config.budget_s if budget_s is None else budget_s
-    ready = {name for name, done in runs.items() if done and done[-1].outcome in FINISHED}
-    for step in choose_steps(config):
-        left_out = why_not(step, config, runs.get(step.name, ())) or _find_missing_maker(step, ready)
+    ready = {name for name in runs if is_finished(name, runs, config)}
+    # What has used up a budget by itself comes behind what has not had its turn.
+    for step in sorted(choose_steps(config), key=lambda step: _was_greedy(runs.get(step.name, ()))):
+        left_out = why_not(step, config, runs) or _find_missing_maker(step, ready)
         if left_out is None and not config.rehearse and step.estimate_s > left_s:
             left_out = f"takes about {step.estimate_s} s, and {max(0, left_s):.0f} s of the budget are left"
         if left_out is None:
@@ -91,21 +93,39 @@ def describe_step(step: Step, left_out: str | None) -> PlannedStep:
     )
 
 
-def why_not(step: Step, config: CampaignConfig, runs: Sequence[StepRun]) -> str | None:
-    """Why a step cannot or need not run, whatever the time; None if it should."""
+def why_not(step: Step, config: CampaignConfig, earlier: Mapping[str, Sequence[StepRun]]) -> str | None:
+    """Why a step cannot or need not run, whatever the time; None if it should. `earlier`: attempts by step."""
+    runs = earlier.get(step.name, ())
     if step.by_hand:
         return f"by hand: {step.by_hand}"
     if config.rehearse and not step.rehearsal:
         return "nothing to rehearse on a CPU"
-    if runs and runs[-1].outcome in FINISHED:
+    if is_finished(step.name, earlier, config):
         return f"done on {runs[-1].device}"
-    if runs and runs[-1].outcome != "stopped":
+    if runs and runs[-1].outcome not in ("stopped", *FINISHED):
         attempts = sum(run.outcome != "stopped" for run in runs)
         if not config.retry:
             return f"{runs[-1].outcome} before: --retry runs it once more"
         if attempts > 1:
             return f"{runs[-1].outcome} {attempts} times: see {runs[-1].folder}"
     return _find_missing_input(step, config)
+
+
+def is_finished(name: str, earlier: Mapping[str, Sequence[StepRun]], config: CampaignConfig) -> bool:
+    """Whether a step need not run again: it has ended, and a checkpoint that it made is there if one still needs it."""
+    runs, folder = earlier.get(name, ()), config.made_up
+    if not runs or runs[-1].outcome not in FINISHED:
+        return False
+    made = next((place for place, maker in MAKERS.items() if maker == name), None)
+    if made is None or folder is None or (folder / made.strip("{}") / "config.json").is_file():
+        return True
+    needing = [step.name for step in choose_steps(config) if made in step.needs]
+    return all(is_finished(step, earlier, config) for step in needing)
+
+
+def _was_greedy(runs: Sequence[StepRun]) -> bool:
+    """Whether the budget's end stopped it when it had had its time."""
+    return bool(runs) and runs[-1].reason == BUDGET_ENDED and runs[-1].wall_s >= runs[-1].estimate_s
 
 
 def _find_missing_input(step: Step, config: CampaignConfig) -> str | None:

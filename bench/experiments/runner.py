@@ -13,10 +13,17 @@ from pathlib import Path
 from laguna_serve.bench.experiments.checkpoints import write_checkpoints
 from laguna_serve.bench.experiments.figures import FiguresError, extract_figures
 from laguna_serve.bench.experiments.options import CampaignConfig, identify
-from laguna_serve.bench.experiments.plan import PlanError, choose_steps, group_runs, make_plan
+from laguna_serve.bench.experiments.plan import (
+    BUDGET_ENDED,
+    PlanError,
+    choose_steps,
+    group_runs,
+    is_finished,
+    make_plan,
+)
 from laguna_serve.bench.experiments.process import Ending, read_tail, run_process
 from laguna_serve.bench.experiments.report import render_markdown
-from laguna_serve.bench.experiments.result import FINISHED, CampaignResult, Outcome, StepRun
+from laguna_serve.bench.experiments.result import CampaignResult, Outcome, StepRun
 from laguna_serve.bench.experiments.step import MADE, ROOT, Step, fill, list_named, list_places, shorten_command
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.environment import Environment
@@ -28,6 +35,7 @@ from laguna_serve.serving.kit.run_dir import check_out, claim_folder, hold_folde
 JOURNAL = "campaign.jsonl"
 # On a CPU: a step of a rehearsal that hangs.
 REHEARSAL_LIMIT_S = 400.0
+TRACEBACK = "Traceback (most recent call last):"
 OUTCOMES: dict[int, Outcome] = {HELD: "held", FELL_SHORT: "fell short"}
 Say = Callable[[str], None]
 
@@ -83,7 +91,7 @@ def run_campaign(campaign: Campaign) -> CampaignResult:
     """Run what is planned and fits, publishing the result after each step; Ctrl-C and the budget's end keep all."""
     config = campaign.config
     steps = {step.name: step for step in choose_steps(config)}
-    checkpoints = config.checkpoints or campaign.out / "checkpoints"
+    checkpoints = config.made_up or campaign.out / "checkpoints"
     if any(place in word for step in steps.values() for word in step.command for place in MADE):
         write_checkpoints(checkpoints, small=config.rehearse)
     tried: set[str] = set()
@@ -96,7 +104,7 @@ def run_campaign(campaign: Campaign) -> CampaignResult:
         tried.add(due[0])
         run_step(campaign, steps[due[0]], checkpoints)
         publish(campaign)
-    ended = "interrupted" if campaign.interrupted else "the budget ended"
+    ended = "interrupted" if campaign.interrupted else BUDGET_ENDED
     campaign.left_out |= dict.fromkeys(find_due(campaign, tried), ended)
     return publish(campaign)
 
@@ -109,9 +117,7 @@ def find_due(campaign: Campaign, tried: Set[str]) -> list[str]:
     runs = campaign.list_runs()
     plan = make_plan(campaign.config, runs, campaign.config.budget_s - campaign.used_s)
     missing = [
-        item
-        for item in plan.steps
-        if item.step not in tried and (item.step not in runs or runs[item.step][-1].outcome not in FINISHED)
+        item for item in plan.steps if item.step not in tried and not is_finished(item.step, runs, campaign.config)
     ]
     campaign.left_out = {item.step: item.left_out for item in missing if item.left_out is not None}
     return [item.step for item in missing if item.left_out is None]
@@ -176,12 +182,20 @@ def judge(ending: Ending, log: Path, *, by_budget: bool) -> tuple[Outcome, str |
     if ending.stopped_by == "person":
         return "stopped", "interrupted"
     if ending.stopped_by == "limit":
-        return ("stopped", "the budget ended") if by_budget else ("timed out", f"stopped after {ending.wall_s:.0f} s")
+        return ("stopped", BUDGET_ENDED) if by_budget else ("timed out", f"stopped after {ending.wall_s:.0f} s")
     outcome = OUTCOMES.get(ending.status if ending.status is not None else -1, "failed")
+    tail = read_tail(log)
+    if outcome == "fell short" and has_crashed(tail):  # Python ends with the same status
+        return "failed", tail[-1][:300]
     if outcome != "failed":
         return outcome, None
-    tail = read_tail(log)
     return outcome, f"exit status {ending.status}" + (f": {tail[-1][:300]}" if tail else "")
+
+
+def has_crashed(tail: Sequence[str]) -> bool:
+    """Whether a log ends in a traceback: no result, and no summary of tests, was printed behind it."""
+    last = max((number for number, line in enumerate(tail) if line.startswith(TRACEBACK)), default=None)
+    return last is not None and not any(line.startswith(("{", "=")) for line in tail[last:])
 
 
 def choose_folder(step: Step, runs: Sequence[StepRun], used: Collection[str], environment: Environment) -> str:

@@ -33,9 +33,10 @@ for name, path in (("laguna_serve", []), ("laguna_serve.evals", []), ("laguna_se
 from laguna_serve.evals.sandbox.forkserver import main
 main()
 """
-# -I would ignore the hash seed, without which sets are in another order each time; nothing else is in the environment.
+# -I would ignore the hash seed, without which sets are in another order each time; little else is in the environment:
+# the address space, which is bounded, would be used up by 64 MiB for each of a program's first threads.
 PYTHON = [sys.executable, "-P", "-s", "-S", "-c", BOOT]
-ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
 # numpy's BLAS starts a thread per core otherwise.
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 

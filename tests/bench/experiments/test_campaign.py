@@ -16,7 +16,10 @@ import pytest
 
 from laguna_serve.bench import campaign
 from laguna_serve.bench.experiments import plan, report, runner
+from laguna_serve.bench.experiments.options import CampaignConfig
+from laguna_serve.bench.experiments.plan import BUDGET_ENDED, is_finished, make_plan
 from laguna_serve.bench.experiments.result import CampaignResult, StepRun
+from laguna_serve.bench.experiments.runner import has_crashed
 from laguna_serve.bench.experiments.step import OUT, PYTHON, XS2, XS2_DRAFT, Step
 from laguna_serve.serving.kit.results import read_result
 from laguna_serve.serving.kit.run_dir import hold_folder
@@ -98,6 +101,53 @@ def test_plan_takes_what_fits_from_the_front_and_runs_nothing(
     assert "expected a folder, got the file" in capsys.readouterr().err
     assert campaign.main(["--plan", "--rehearse", "--budget-min", "1.1"]) == 0
     assert "3 steps rehearsed, for 66 s at most" in capsys.readouterr().out
+
+
+def test_step_that_crashes_has_not_fallen_short() -> None:
+    """Python ends with the status of a benchmark that fell short; its last line is no result."""
+    crash = [
+        "row 1",
+        "Traceback (most recent call last):",
+        '  File "moe.py", line 1',
+        "RuntimeError: CUDA error: illegal",
+    ]
+    assert has_crashed(crash)
+    assert has_crashed([*crash, "nanobind: leaked 4 instances!"])
+    assert not has_crashed([*crash, '{"schema": "laguna_serve.ab/1"}'])
+    assert not has_crashed([*crash, "===== 1 failed, 3 passed in 2 s ====="])
+    assert not has_crashed(["verdict: slower", '{"schema": "laguna_serve.ab/1"}'])
+
+
+def make_run(step: str, outcome: str, **changes: Any) -> StepRun:
+    about: dict[str, Any] = {
+        "status": 0,
+        "device": "H",
+        "rehearsed": False,
+        "commit": "c",
+        "started": "",
+        "wall_s": 10.0,
+    }
+    about |= {"estimate_s": 20, "command": [], "folder": f"steps/{step}", "schema": None, "figures": [], "reason": None}
+    return StepRun(step=step, outcome=outcome, **about | changes)  # type: ignore[arg-type]
+
+
+def test_checkpoint_that_is_gone_is_made_again_for_who_still_needs_it(tmp_path: Path) -> None:
+    """The next machine has the journal, not what was made on the last one."""
+    config = CampaignConfig(out=tmp_path)
+    made, used = make_run("dense-generate", "held"), make_run("dense-ab", "held")
+    assert not is_finished("dense-generate", {"dense-generate": [made]}, config)
+    assert is_finished("dense-generate", {"dense-generate": [made], "dense-ab": [used]}, config)
+    (tmp_path / "checkpoints" / "dense-random").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "dense-random" / "config.json").touch()
+    assert is_finished("dense-generate", {"dense-generate": [made]}, config)
+
+
+def test_step_that_used_up_a_budget_comes_last_in_the_next(use: Callable[..., None], tmp_path: Path) -> None:
+    use(make_step("a", work_s=20), make_step("b", work_s=20))
+    config = CampaignConfig(out=tmp_path)
+    for wall_s, order in ((30.0, ["b", "a"]), (5.0, ["a", "b"])):
+        stopped = make_run("a", "stopped", reason=BUDGET_ENDED, wall_s=wall_s)
+        assert [item.step for item in make_plan(config, {"a": [stopped]}).steps] == order
 
 
 def test_without_a_gpu_only_a_rehearsal_runs(
