@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from laguna_serve.evals.codegen.weak_tests import Weakness
 from laguna_serve.evals.problems.problem import Problem
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.journal import KeyedJournal
+from laguna_serve.serving.machine.cores import count_cores
 
 SOLUTIONS = "solutions.jsonl"
 
@@ -79,7 +79,7 @@ def check_solutions(
         kept = log.by_key.get((problem.task_id, 0)) if log is not None else None
         return Checked(problem, _grade(problem, limits) if kept is None else kept.grade)
 
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(count_cores())
     try:
         for one in pool.map(check, problems):
             checked.append(one)

@@ -7,7 +7,6 @@ request that failed is.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from laguna_serve.serving.client.openai_endpoint import Endpoint
 from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.journal import KeyedJournal
 from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.machine.cores import count_cores
 
 ANSWERS, GRADES = "answers.jsonl", "grades.jsonl"
 
@@ -90,7 +90,7 @@ async def run_samples(
     grades = KeyedJournal(folder / GRADES, GradeLine, lambda line: line.key)
     missing = [(problem, key) for problem, key in keys if key not in grades.by_key or key not in answers.by_key]
     finished: list[Key] = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "grading") as pool:
+    with ThreadPoolExecutor(count_cores(), "grading") as pool:
 
         async def work(item: tuple[Problem, Key]) -> None:
             problem, key = item

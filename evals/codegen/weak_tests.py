@@ -6,7 +6,6 @@ verdicts, as of a program (grading.py): what the tests as published let pass, an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 from laguna_serve.evals.codegen.grading import find_baseline
 from laguna_serve.evals.problems import Problem
 from laguna_serve.evals.sandbox import Limits, run_trial
+from laguna_serve.serving.machine.cores import count_cores
 
 PROBE_WALL_S = 120.0
 SHOWN = 12
@@ -55,7 +55,7 @@ def find_weakness(problem: Problem, limits: Limits) -> Weakness:
 def find_weaknesses(problems: Sequence[Problem], limits: Limits, report: Callable[[int, int], None]) -> list[Weakness]:
     """Every problem's, in order. `report` gets (done, total) after each."""
     found = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         for weakness in pool.map(lambda problem: find_weakness(problem, limits), problems):
             found.append(weakness)
             report(len(found), len(problems))

@@ -14,7 +14,6 @@ MAX_FAILURES times is given up), no verdict is given, and the same command asks 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -41,6 +40,7 @@ from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.kit.progress import Progress
+from laguna_serve.serving.machine.cores import count_cores
 
 # An arm that failed this many requests is given up.
 MAX_FAILURES = 5
@@ -227,7 +227,7 @@ def grade_all(
     todo = {key: problem for key, problem in wanted.items() if key not in grades}
     progress.say(f"grading {len(todo)} distinct programs")
     progress.begin()
-    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    pool = ThreadPoolExecutor(max_workers=count_cores())
     try:
         found = pool.map(grade, todo.values(), [program for _, program in todo], repeat(job.limits))
         for done, (key, one) in enumerate(zip(todo, found, strict=True), start=1):

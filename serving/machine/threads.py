@@ -11,6 +11,8 @@ import os
 from collections.abc import Mapping
 from importlib import metadata
 
+from laguna_serve.serving.machine.cores import count_cores
+
 THREADS, PRELOAD = "OMP_NUM_THREADS", "LD_PRELOAD"
 PACKAGE, LIBRARY = "intel-openmp", "libiomp5.so"
 # Any of them among what is preloaded is the caller's choice.
@@ -30,7 +32,7 @@ def choose_threads(weight_bytes: int) -> int:
 
     weight_bytes: of the target; 0 where it is not known, which counts as large.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = count_cores()
     large = weight_bytes == 0 or weight_bytes >= LARGE_BYTES
     return cores if large and cores <= FEW_CORES else max(1, cores - 1)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +31,7 @@ from laguna_serve.evals.codegen import (
     make_prompt,
     split_problems,
 )
+from laguna_serve.serving.machine.cores import count_cores
 
 DEFAULT_LIMITS = Limits()
 Judged = TypeVar("Judged")
@@ -73,7 +73,7 @@ class SpecRlTaskConfig(vf.TaskConfig):
     """Installed packages that an answer may import, as ["numpy"]; numpy wants memory_mib of 1024 or more."""
     memory_mib: int = Field(DEFAULT_LIMITS.memory_bytes >> 20, ge=64)
     """MiB of address space that an answer gets."""
-    grading_workers: int = Field(os.cpu_count() or 1, ge=1)
+    grading_workers: int = Field(count_cores(), ge=1)
     """Answers graded at a time, per process of verifiers."""
 
 
