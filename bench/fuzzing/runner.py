@@ -8,7 +8,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -28,6 +28,8 @@ SINGLES_TOGETHER, BATCHES_PER_ROUND, REPORT_EVERY = 8, 50, 50
 # How often a finding is tried again while it is cut down: each death costs the start of an engine.
 MOST_ATTEMPTS = 14
 KIND_CHARS = 160
+# Of what is wrong: another answer to the control request than before.
+CONTROL = "control"
 
 
 class Fuzz:
@@ -134,8 +136,9 @@ class Fuzz:
         async with open_session() as session:
             answers, wrong = await check_batch(session, engine.base_url, engine.model_name, batch, self._control)
         died = bool(wrong) and wrong[0].startswith("death")
+        if died or any(line.startswith(CONTROL) for line in wrong):
+            self.close()  # nothing that it says from now on is the fault of what it is asked
         if died:
-            self.close()
             wrong.insert(0, f"death: {find_cause(read_log(engine.log_path))}")
         return answers, wrong, died
 
@@ -147,9 +150,11 @@ class Fuzz:
         self._statuses.update(
             f"{request.route} {answer.status or 'none'}" for request, answer in zip(batch, answers, strict=True)
         )
-        if not wrong:
-            return
-        kind = normalise(wrong[0])
+        for kind, lines in group(wrong, whole=died).items():
+            await self._note(batch, kind, lines, died=died)
+
+    async def _note(self, batch: list[Request], kind: str, wrong: list[str], *, died: bool) -> None:
+        """Note a fault, with the smallest part of a batch that has it where it was not seen before."""
         known = next((finding for finding in self._findings if finding.kind == kind), None)
         if known is not None:
             known.seen += 1
@@ -163,6 +168,16 @@ class Fuzz:
         self._findings.append(Finding(kind=kind, wrong=wrong, died=died, seen=1, requests=requests))
         self._progress.say(f"found: {wrong[0][:300]}\n  with {str(requests)[:600]}")
         self.report()
+
+
+def group(wrong: Sequence[str], *, whole: bool) -> dict[str, list[str]]:
+    """Group what is wrong with a batch by kind; `whole`: all of it is the first one's, as what follows a death."""
+    if whole:
+        return {normalise(wrong[0]): list(wrong)}
+    found: dict[str, list[str]] = {}
+    for line in wrong:
+        found.setdefault(normalise(line), []).append(line)
+    return found
 
 
 def normalise(wrong: str) -> str:

@@ -29,6 +29,7 @@ IN_GIB = {
     "graphs_bytes": (rf"Graph capturing finished in [\d.]+ secs?, took {NUMBER} GiB",),
     "peak_activation_bytes": (rf"{NUMBER} GiB for peak activation",),
 }
+FREED = re.compile(r"Sleep mode freed ([\d.,]+) GiB memory")
 KV_TOKENS = re.compile(rf"KV cache size: {NUMBER} tokens")
 DTYPE = re.compile(r"Initializing a V1 LLM engine .*?[ (]dtype=torch\.(\w+)")
 
@@ -65,6 +66,17 @@ def read_figures(log: Path) -> EngineFigures:
         kv_cache_tokens=int(tokens["value"].replace(",", "")) if tokens else None,
         dtype=dtype[1] if dtype else None,
     )
+
+
+def read_freed(log: Path) -> int | None:
+    """Read how many bytes the engine says to have freed when it was put to sleep last; None where it does not."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - MAX_BYTES))
+            found = FREED.findall(file.read().decode(errors="replace"))
+    except OSError:
+        return None
+    return round(float(found[-1].replace(",", "")) * GIB) if found else None
 
 
 def _find_bytes(text: str, patterns: tuple[str, ...]) -> int | None:

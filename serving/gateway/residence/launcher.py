@@ -13,7 +13,7 @@ from typing import Protocol
 from laguna_serve.serving.chat.sampling_defaults import find_temperature
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.engine import Engine, EngineError
-from laguna_serve.serving.engine.figures import read_figures
+from laguna_serve.serving.engine.figures import read_figures, read_freed
 from laguna_serve.serving.engine.spare import Spares
 from laguna_serve.serving.gateway.config.owned import OwnedEngine
 from laguna_serve.serving.gateway.residence import sleep
@@ -113,9 +113,12 @@ class OwnedProcess:
         return self.measure()
 
     def sleep(self) -> int:
-        """Put it to sleep, and measure what it keeps."""
+        """Put it to sleep, and measure what it keeps; where the driver does not tell, by what it says to have freed."""
+        awake = self.measure()
         sleep.put_to_sleep(self.url, self._table.sleep_level)
-        return self.measure()
+        kept = self.measure()
+        freed = read_freed(self._log) if kept == awake else None
+        return kept if freed is None else max(GPU_CONTEXT_BYTES, awake - freed)
 
     def stop(self) -> None:
         """End every process of it."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec import structs
 
 from laguna_serve.bench import fuzz
-from laguna_serve.bench.fuzzing.client import check_batch, judge, open_session
+from laguna_serve.bench.fuzzing import runner
+from laguna_serve.bench.fuzzing.client import Answer, check_batch, judge, open_session
 from laguna_serve.bench.fuzzing.minimise import minimise
 from laguna_serve.bench.fuzzing.options import FuzzConfig
 from laguna_serve.bench.fuzzing.requests import Request, draw_batches, list_parameters, list_singles
 from laguna_serve.bench.fuzzing.result import Finding, FuzzedEngine, FuzzResult
-from laguna_serve.bench.fuzzing.runner import Fuzz, normalise
+from laguna_serve.bench.fuzzing.runner import Fuzz, group, normalise
 from laguna_serve.bench.fuzzing.values import JUNK, VALUES
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.progress import Progress
@@ -136,6 +138,49 @@ def test_a_finding_is_cut_down_to_what_shows_it() -> None:
 
 def test_findings_that_differ_in_numbers_are_one() -> None:
     assert normalise("status 500: at 0x1234, 17 tokens") == normalise("status 500: at 0x9234, 3 tokens")
+
+
+def test_kinds_of_one_batch_are_found_apart_but_behind_a_death() -> None:
+    wrong = ["control: expected [1], got [2]", "status 500: a", "status 500: b 7", "status 500: b 8"]
+    assert [len(lines) for lines in group(wrong, whole=False).values()] == [1, 1, 2]
+    assert list(group(["death: x", "status 500"], whole=True).values()) == [["death: x", "status 500"]]
+
+
+def test_engine_that_answers_otherwise_than_before_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every later batch would be called wrong, whatever it asks, and its own faults not be seen."""
+    started: list[bool] = []
+
+    class Stub:
+        base_url = model_name = "x"
+        poisoned = False
+
+        def stop(self) -> None:
+            started[-1] = False
+
+    async def start(run: Any) -> Any:
+        if run._engine is None:
+            started.append(True)
+            run._engine = Stub()
+        return run._engine
+
+    async def check(_session: Any, _url: str, _model: str, batch: list[Request], _control: Any) -> Any:
+        engine = run._engine
+        engine.poisoned = engine.poisoned or any("poison" in request.body for request in batch)
+        wrong = ["control: expected [1], got [2]"] if engine.poisoned else []
+        wrong += ["status 500: no"] if any("bad" in request.body for request in batch) else []
+        return [Answer(200, b"", None)] * len(batch), wrong
+
+    monkeypatch.setattr(Fuzz, "_start", start)
+    monkeypatch.setattr(runner, "check_batch", check)
+    run = Fuzz(FuzzConfig(model="m", out=tmp_path), Progress(quiet=True))
+    batches = [[{"a": 1}, {"poison": 1}], [{"a": 1}, {"bad": 1}], [{"a": 1}]]
+    for batch in batches:
+        asyncio.run(run._try([Request("/v1/completions", body, 1) for body in batch]))
+    findings = {found.kind: found for found in run.report().findings}
+    assert [len(found.requests) for found in findings.values()] == [1, 1]
+    assert "poison" in str(findings["control: expected [#], got [#]"].requests)
+    assert "bad" in str(findings["status #: no"].requests)
+    assert [found.seen for found in findings.values()] == [1, 1]
 
 
 def test_a_run_is_resumed_where_it_stopped_and_otherwise_begun_anew(tmp_path: Path) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
-from laguna_serve.serving.engine.figures import EngineFigures, read_figures
+import pytest
+
+from laguna_serve.serving.engine.figures import EngineFigures, read_figures, read_freed
+from laguna_serve.serving.gateway.config.owned import OwnedEngine
+from laguna_serve.serving.gateway.residence import launcher
+from laguna_serve.serving.machine.memory import EngineMemory
 
 GIB = 2**30
 GPU_LOG = """\
@@ -52,3 +58,34 @@ def test_cpu_engine_says_less(tmp_path: Path) -> None:
 
 def test_no_log_no_figures(tmp_path: Path) -> None:
     assert read_figures(tmp_path / "none") == EngineFigures()
+
+
+def test_what_sleep_frees_is_said_each_time(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert read_freed(log) is None
+    log.write_text("INFO Model loading took 62.40 GiB memory and 20 seconds\n")
+    assert read_freed(log) is None
+    for freed in ("70.10", "1,069.5"):
+        with log.open("a") as file:
+            file.write(f"INFO Sleep mode freed {freed} GiB memory, 1.20 GiB memory is still in use.\n")
+    assert read_freed(log) == round(1069.5 * GIB)
+
+
+def test_engine_asleep_is_what_is_left_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container the driver tells no processes apart, and the log of the start says what it took awake."""
+    log = tmp_path / "log"
+    log.write_text("Model loading took 62.40 GiB memory\nGraph capturing finished in 9 secs, took 0.61 GiB\n")
+
+    def measure(_pids: object) -> EngineMemory:
+        return EngineMemory(processes=(), pss_bytes=3 * GIB, peak_rss_bytes=0, gpu_bytes=0)
+
+    def put_to_sleep(_url: str, _level: int) -> None:
+        with log.open("a") as file:
+            file.write("Sleep mode freed 60.00 GiB memory, 1.20 GiB memory is still in use.\n")
+
+    monkeypatch.setattr(launcher, "process_memory", measure)
+    monkeypatch.setattr(launcher.sleep, "put_to_sleep", put_to_sleep)
+    process = launcher.OwnedProcess("m", OwnedEngine(model="folder", sleep_level=1), log)
+    process._engine = SimpleNamespace(base_url="http://x", pids=list)  # type: ignore[assignment]
+    awake = process.measure()
+    assert process.sleep() == awake - 60 * GIB
