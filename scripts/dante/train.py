@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 RESULT = "training.json"
 EXAMPLES = """examples:
   .venv-train/bin/python scripts/dante train MODEL --cache out/cache --out out/student
-  .venv-train/bin/accelerate launch --num_processes 8 scripts/dante/train.py MODEL --cache DIR --out DIR
+  .venv-train/bin/accelerate launch --num_processes 8 scripts/dante/train.py MODEL --cache DIR --device cuda --out DIR
   .venv-train/bin/accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
-    --num_processes 8 scripts/dante/train.py MODEL --cache DIR --out DIR                                 in parts
+    --num_processes 8 scripts/dante/train.py MODEL --cache DIR --device cuda --out DIR                   in parts
   .venv-train/bin/python scripts/dante train MODEL --cache DIR --plain --curriculum none --out DIR     plain fine-tuning
 
 exit status: 0 trained, 2 it could not run, 130 interrupted (the same command continues)

@@ -45,8 +45,8 @@ EPILOG = """examples:
   laguna serve tests/toy/teacher --eager -- --max-num-batched-tokens 4096    (the rest goes to vLLM)
   laguna serve GSAI-ML/LLaDA-8B-Instruct --draft D -- --cache dual           (the rest goes to the diffusion engine)
 
-When the engine dies, the cause is printed and it is started again after 1 s, then 2, 4, … up to 60 s; five failures in
-a row, each within five minutes of a start, and it is given up. Requests that wait, and new ones, go to the new engine;
+When the engine dies, the cause is printed and it is started again after 1 s, then 2, 4 and 8; five failures in a
+row, each within five minutes of a start, and it is given up. Requests that wait, and new ones, go to the new engine;
 streams under way end with an error. Its log is moved to LOG.1, an earlier one to LOG.2, up to LOG.5. After an update of
 its weights (--weight-updates) the new engine has the checkpoint's again, and gets nothing before the next update.
 An engine that is alive and silent is left alone, as a long prompt or a compilation looks the same: the status page
