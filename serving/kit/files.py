@@ -67,7 +67,7 @@ def _take_over(path: Path, partial: Path) -> None:
         partial.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
         return
     if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
-        with suppress(PermissionError):
+        with suppress(OSError):  # not permitted, or one whom this user namespace does not know
             os.chown(partial, before.st_uid, before.st_gid)
     partial.chmod(stat.S_IMODE(before.st_mode))
 

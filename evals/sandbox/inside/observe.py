@@ -173,13 +173,15 @@ class Observer:
         self.weaknesses.add(name)
         self._tell(f"{text} (test line {line})" if line else text)
 
-    def add_operation(self, name: str) -> None:
-        """Note an operator with another value, or an attribute, of an object of the program.
+    def add_operation(self, name: str, decides: bool, plain: bool) -> None:
+        """Note what an object of the program was asked (operations.py).
 
-        It decides itself what comes of that: where the canonical solution gives a plain value, it decides no test.
+        Where the canonical solution gives a plain value for it, it decides no test. Of a class that the problem asks
+        for, objects may be compared with each other.
         """
         self.operations.add(name)
-        if self.baseline is not None and name not in self.baseline["operations"]:
+        decides = decides and (plain or not self.entry_is_class)
+        if decides and self.baseline is not None and name not in self.baseline["operations"]:
             self.note("operator", f"expected a plain value, got an object, whose {name} was asked for")
 
     def is_answer(self, value: Any) -> bool:

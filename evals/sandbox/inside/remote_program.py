@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from laguna_serve.evals.sandbox.inside.observe import Observer, make_key
+from laguna_serve.evals.sandbox.inside.operations import find_asked
 from laguna_serve.evals.sandbox.inside.worker import MODULE, VALUE
 from laguna_serve.evals.sandbox.messages.forms import Named, Options, Space
 from laguna_serve.evals.sandbox.messages.objects import ObjectPeer
@@ -42,13 +43,6 @@ REAL_INPUT = builtins.input
 WRITTEN_CHARS = 1 << 20
 # Exceptions that end an interpreter reach the tests only where they name them.
 EXITS = ("SystemExit", "KeyboardInterrupt")
-
-
-def _find_asked(operation: str, args: tuple[Any, ...]) -> str | None:
-    """Find what an object is asked that can answer a test by itself: an operator with another value, an attribute."""
-    if operation == "getattr":
-        return str(args[0]) if args and not str(args[0]).startswith("_") else None
-    return operation if args and operation in SPECIALS else None
 
 
 class RemoteProgram(ObjectPeer):
@@ -131,12 +125,12 @@ class RemoteProgram(ObjectPeer):
     def call(self, number: int, operation: str, args: tuple[Any, ...], named: Named) -> Any:
         """As it is, but that StopIteration of a function ends no loop of the tests', and the entry is observed."""
         observed = number == ENTRY and not operation
-        if (asked := _find_asked(operation, args)) is not None and number != SPACE:
-            self._observer.add_operation(asked)
         outer = self._key, self._changed
         self._key, self._changed = "", False
         try:
             value = super().call(number, operation, args, named)
+            if number != SPACE and (asked := find_asked(operation, args, value)) is not None:
+                self._observer.add_operation(*asked)
             if observed:
                 self._observer.add_answer(self._key, value, self._changed)
             elif operation == "__iter__":

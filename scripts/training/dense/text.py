@@ -130,14 +130,17 @@ def _read_corpus(config: DistillConfig, tokenizer: Any, work: Path) -> Corpus:
     chats_apart, text_apart = _choose(config.held_out_chats, config.chats), _choose(config.held_out_text, config.text)
     others: Chats | None = None
     apart: Text | None = None
+    # Each in a folder of its own: what one process has mapped no other one writes again.
     with suppress(TextError):  # what is wrong with the source itself is said below
         if chats_apart.aside:
-            chats = read_chats(config.chats, tokenizer, work / "chats", aside=False)
-            others = read_chats(config.chats, tokenizer, work / "held-out", aside=True)
+            found = read_chats(config.chats, tokenizer, work / "held-out", aside=True)
+            chats = read_chats(config.chats, tokenizer, work / "chats-rest", aside=False)
+            others = found
     with suppress(TextError):
         if text_apart.aside:
-            training = read_text(config.text, tokenizer, config.length, work / "text", aside=False)
-            apart = read_text(config.text, tokenizer, config.length, work / "held-out-text", aside=True)
+            rest = read_text(config.text, tokenizer, config.length, work / "held-out-text", aside=True)
+            training = read_text(config.text, tokenizer, config.length, work / "text-rest", aside=False)
+            apart = rest
     if others is None:  # too few to set any aside, or none need be
         chats_apart = HeldOut(config.chats, learned=True) if chats_apart.aside else chats_apart
         chats = read_chats(config.chats, tokenizer, work / "chats")

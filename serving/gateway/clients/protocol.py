@@ -50,8 +50,7 @@ class GatewayProtocol(StrictProtocol):
         # What was begun last; of those that wait behind it some are being begun.
         self._begun: Any = None
         self._going_on, self._at_once = False, 0
-        self._held: list[bytes] = []
-        self._peer = ""
+        self._held, self._peer = list[bytes](), ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Await the first head from here. As uvicorn's, without the addresses that only a scope needs."""
@@ -277,9 +276,10 @@ class GatewayProtocol(StrictProtocol):
                 self.refuse(refusals.head_too_slow())
         elif awaited == BODY and self._answer is not None:
             self._answer.give_up()
+        elif awaited == NEXT and self.reads_on() and not self.pipeline:
+            self._watch()
         elif awaited == NEXT:
-            # A client that asks on and reads nothing would stay.
-            self.transport.abort() if self.pipeline else self.timeout_keep_alive_handler()
+            self.transport.abort() if self._unread else self.timeout_keep_alive_handler()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what came, which is no HTTP.

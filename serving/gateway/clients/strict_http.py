@@ -38,7 +38,7 @@ class StrictProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         # Of a head that has begun and not ended, and what has come since the last part of a body.
         self._head_bytes: int | None = 0
-        self._framing_bytes = 0
+        self._framing_bytes = self._unread = 0
 
     def data_received(self, data: bytes) -> None:
         """Take bytes of requests, of which no more may be in a head or between two parts of a body than is bounded."""
@@ -141,6 +141,11 @@ class StrictProtocol(HttpToolsProtocol):
             if not self.lingering and (within or self.cycle is None or self.cycle.response_complete):
                 self.transport.write(refusals.render(error, getattr(self, "url", b"")))
             self.transport.close()
+
+    def reads_on(self) -> bool:
+        """Whether the client has answers unread, and fewer bytes of them than at the last look."""
+        before, self._unread = self._unread, self.transport.get_write_buffer_size()
+        return self._unread > 0 and (not before or self._unread < before)
 
     def read_on(self) -> None:
         """Read on, unless too many requests wait behind another one."""

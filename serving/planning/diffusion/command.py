@@ -10,7 +10,8 @@ from laguna_serve.serving.chat.template import read_template
 from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
-from laguna_serve.serving.checkpoint.weight_files import require_weights
+from laguna_serve.serving.checkpoint.weight_files import measure_weights, require_weights
+from laguna_serve.serving.kit.files import expand
 from laguna_serve.serving.planning.engine_config import EngineConfig
 
 SERVER_MODULE = "laguna_serve.plugins.diffusion.server"
@@ -109,7 +110,12 @@ def find_draft(name: str, model: DiffusionModel) -> DiffusionModel:
 
 
 def require_files(config: EngineConfig, model: DiffusionModel) -> None:
-    """Raise CheckpointError where weights or tokenizer are not there."""
+    """Raise CheckpointError where weights or tokenizer are not there; of a hub id nobody fetches them at a start."""
+    if not expand(config.model).is_dir() and not measure_weights(model.folder):
+        name = config.model
+        raise CheckpointError(
+            f"{name}: expected its weights on this machine, got none; download it: hf download {name}"
+        )
     folders = [model.folder] + ([] if config.draft is None else [find_draft(config.draft, model).folder])
     for folder in folders:
         require_weights(folder, complete=True)

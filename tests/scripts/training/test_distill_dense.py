@@ -334,6 +334,10 @@ def test_one_document_is_measured_on_as_it_is_learned(
         read = text.read_corpus(config, tokenizer, tmp_path / str(aside), ALONE)
         assert read.held_out_text.learned
         assert read.training.tokens.documents == 1
+        with monkeypatch.context() as patch:  # other processes, and a later run, map what is there
+            patch.setattr(text, "write_tokens", lambda *_: pytest.fail("written again"))
+            again = text.read_corpus(config, tokenizer, tmp_path / str(aside), ALONE)
+        assert again.training.tokens.digest() == read.training.tokens.digest()
 
 
 def test_what_is_set_aside_is_another_run(tmp_path: Path) -> None:

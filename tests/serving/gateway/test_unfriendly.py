@@ -151,6 +151,22 @@ def test_client_that_rests_gets_the_rest_of_its_answer() -> None:
     assert answered.count(b"x" * size) == 1
 
 
+def test_client_that_takes_nothing_more_of_its_answer_is_let_go() -> None:
+    async def say_much(exchange: Exchange) -> None:
+        await exchange.answer(b"x" * 3_700_000)
+
+    with (
+        Upstream(handlers={PATH: say_much}) as engine,
+        gateway(engine, server={"keepalive_s": 0.3}, limits={"read_timeout_s": 0.5}) as front,
+        socket.socket() as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        client.connect(("127.0.0.1", front.port))
+        client.sendall(post())
+        wait_until(lambda: bool(engine.seen))
+        wait_until(lambda: not front.server.server_state.connections, 20)
+
+
 def test_request_behind_another_one_has_its_place() -> None:
     """Of a key that may have one in flight: the one before has ended."""
     with Upstream() as engine, gateway(engine, keys=[{**KEY, "max_in_flight": 1}]) as front:

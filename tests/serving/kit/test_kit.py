@@ -8,6 +8,7 @@ import pty
 import resource
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -193,6 +194,27 @@ def test_json_line_is_for_programs(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     print_result("1.64×", {"speedup": 1.64}, Path("out"), always_json=asked)
     assert capsys.readouterr().out.splitlines() == ["1.64×", "files in out", '{"speedup": 1.64}'][:lines]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_file_that_is_written_anew_keeps_its_mode_and_owner(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root writes keys that the gateway's user is to read."""
+    path = tmp_path / "keys.toml"
+    path.write_text("old")
+    path.chmod(mode)
+    given: list[tuple[int, int]] = []
+
+    def refuse(_path: object, uid: int, gid: int) -> None:
+        given.append((uid, gid))
+        raise OSError(errno.EINVAL, "a user that this namespace does not know")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    write_text(path, "new")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", mode)
+    assert given == [(path.stat().st_uid, path.stat().st_gid)]
 
 
 def test_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
