@@ -71,9 +71,6 @@ class RolloutsConfig(PromptsConfig, DrafterOrUrlsConfig):
         super().__post_init__()
         if self.by_url and (self.gamma is not None or len(self.candidate_url) != 1):
             raise FlagError("--candidate-url: expected one, with its γ, and no --gamma beside it; drop the others")
-        if self.by_url and self.sequential and self.versions:
-            why = "as the baseline is asked again when it has the last one"
-            raise FlagError(f"--versions: expected none with URLs and --sequential, {why}; drop one of the three")
         if self.by_url and not self.prefix_caching:
             raise FlagError("--no-prefix-caching: expected none with URLs, as those servers already run; drop it")
         for flag, batch in [("--version-batch", self.versions_at), *(("--batch", batch) for batch in self.batches)]:

@@ -138,9 +138,19 @@ def measure_missing(job: Job, progress: Progress) -> None:
 
 
 def _measure_in_turn(job: Job, batches: Sequence[int], versions: Sequence[str], progress: Progress) -> None:
-    """Every point on the plain engine, on the speculating one, and on the plain one again; passes are kept."""
-    points: list[tuple[int, str | None]] = [(batch, None) for batch in batches]
-    points += [(job.version_batch, name) for name in versions]
+    """Every point on the plain engine, on the speculating one, and on the plain one again; passes are kept.
+
+    Servers keep the last version that they were given: of them the model itself is measured to its end first.
+    """
+    first: list[tuple[int, str | None]] = [(batch, None) for batch in batches]
+    later: list[tuple[int, str | None]] = [(job.version_batch, name) for name in versions]
+    by_url = any(spec.config is None for spec in job.specs)
+    for points in (first, later) if by_url else (first + later,):
+        if points:
+            _measure_points(job, points, progress)
+
+
+def _measure_points(job: Job, points: Sequence[tuple[int, str | None]], progress: Progress) -> None:
     parts = {find_path(job, *point).stem: point for point in points}
     passes = Passes(job.folder / "passes", TurnsPass)
 

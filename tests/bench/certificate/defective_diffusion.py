@@ -38,11 +38,11 @@ def accept_strangers() -> None:
     """Every third step is followed by one on the same logits, which are another state's."""
     take_step = interface.Run.take_step
 
-    def take(run: interface.Run, logits: torch.Tensor) -> None:
+    def take(run: interface.Run, logits: torch.Tensor, *, keep: bool = True) -> None:
         block = run.canvas.find_block(run.state)
-        take_step(run, logits)
+        take_step(run, logits, keep=keep)
         if run.steps % 3 == 0 and run.canvas.find_block(run.state) == block:
-            take_step(run, logits)
+            take_step(run, logits, keep=keep)
 
     interface.Run.take_step = take  # type: ignore[method-assign]
 
