@@ -39,7 +39,7 @@ INTELS = pytest.mark.skipif(find_openmp() is None, reason="vLLM brings Intel's O
 def test_a_core_is_left_to_the_server_where_it_is_worth_it(
     cores: int, weights: int, chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(threads, "count_cores", lambda: cores)
     assert choose_threads(weights) == chosen
     assert plan_threads({}, weights)["OMP_NUM_THREADS"] == str(chosen)
     assert "OMP_NUM_THREADS" not in plan_threads({"OMP_NUM_THREADS": "3"}, weights)

@@ -14,6 +14,7 @@ from serving_fakes import SPECULATORS, TARGET, MakeCheckpoint, write_drafter_wei
 from laguna_serve.plugins.register import TRANSFER_BACKEND
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.machine import dtype as dtype_module
+from laguna_serve.serving.machine import threads
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.machine.rates import LIMITS, Rates
@@ -220,18 +221,18 @@ def test_routed_experts_are_refused_where_there_are_none(target: Path, make_chec
 
 
 def test_cpu_engine_leaves_a_core_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(threads, "count_cores", lambda: 4)
     assert build_environment({}, CPU, local=True, weight_bytes=1000)["OMP_NUM_THREADS"] == "3"
     assert build_environment({}, CPU, local=True, weight_bytes=1 << 30)["OMP_NUM_THREADS"] == "4"
     told = {"OMP_NUM_THREADS": "8"}
     assert build_environment(told, CPU, local=True, weight_bytes=1000)["OMP_NUM_THREADS"] == "8"
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(threads, "count_cores", lambda: 1)
     assert build_environment({}, CPU, local=True, weight_bytes=1000)["OMP_NUM_THREADS"] == "1"
 
 
 def test_launch_and_plan_count_threads_by_the_target(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(threads, "count_cores", lambda: 2)
     config = EngineConfig(model=str(target), extra_args=("--load-format", "dummy"))
     assert launch.plan_launch(config).environment["OMP_NUM_THREADS"] == "1"
     large = replace(inspect(config), target_bytes=1 << 30)
