@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
-
-import psutil
 import torch
 
 from laguna_serve.plugins.diffusion.decoding.reference import Reference
 from laguna_serve.plugins.diffusion.model import Llada
+from laguna_serve.serving.machine.memory import available_bytes
 
 # Of the free memory.  A pass that opens blocks holds their keys and values a second time, and logits need room too.
 SHARE = 0.4
-# What limits a container, in both versions of cgroups, as it sees it itself.
-ROOT = Path("/sys/fs/cgroup")
-CGROUPS = (
-    (ROOT / "memory.max", ROOT / "memory.current"),
-    (ROOT / "memory" / "memory.limit_in_bytes", ROOT / "memory" / "memory.usage_in_bytes"),
-)
 
 
 def count_token_bytes(reference: Reference, *models: Llada) -> int:
@@ -32,17 +23,8 @@ def find_room(token_bytes: int, device: torch.device) -> int | None:
     """Find how many tokens fit into the device's free memory; None where nothing is kept of them."""
     if not token_bytes:
         return None
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _find_free()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     return max(1, int(SHARE * free) // token_bytes)
-
-
-def _find_free() -> int:
-    """Find the free memory of the machine, or of the container that this process is limited to."""
-    free: int = psutil.virtual_memory().available
-    for limit, used in CGROUPS:
-        with suppress(OSError, ValueError):  # no such version, or "max"
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(0, free)
 
 
 def _count(model: Llada) -> int:

@@ -224,12 +224,17 @@ def test_gpu_build_without_a_gpu_is_named(environment: Environment) -> None:
     assert "nvidia-smi" in remedy
 
 
-def test_gpu_build_has_our_teacher_and_vllms_drafters(environment: Environment) -> None:
+def install_gpu(environment: Environment, line: str) -> None:
+    """A build of vLLM for GPUs, and a driver that says this of one."""
     environment.install_vllm(name="vllm")
     environment.variables["FAKE_PLATFORM"] = "cuda"
     smi = Path(environment.variables["PATH"]) / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'NVIDIA H100, 81559, 80000'\n", encoding="utf-8")
+    smi.write_text(f"#!/bin/sh\necho '{line}'\n", encoding="utf-8")
     smi.chmod(0o755)
+
+
+def test_gpu_build_has_our_teacher_and_vllms_drafters(environment: Environment) -> None:
+    install_gpu(environment, "NVIDIA H100, 81559, 80000")
     status, problems, report = environment.diagnose()
     assert (status, problems) == (0, [])
     assert report["device"]["name"] == "NVIDIA H100"
@@ -239,11 +244,7 @@ def test_gpu_build_has_our_teacher_and_vllms_drafters(environment: Environment) 
 
 def test_gpu_that_shares_the_machines_memory_is_one(environment: Environment) -> None:
     """GB10 and Thor have none of their own."""
-    environment.install_vllm(name="vllm")
-    environment.variables["FAKE_PLATFORM"] = "cuda"
-    smi = Path(environment.variables["PATH"]) / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], [N/A]'\n", encoding="utf-8")
-    smi.chmod(0o755)
+    install_gpu(environment, "NVIDIA GB10, [N/A], [N/A]")
     status, problems, report = environment.diagnose()
     assert (status, problems) == (0, [])
     assert report["device"]["name"] == "NVIDIA GB10"
