@@ -6,6 +6,8 @@ import ast
 import re
 import sys
 import tomllib
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,12 +30,16 @@ MAY_REACH_UP = {"serving/commands/checkpoint_tools.py": {"scripts"}}
 HTTP_ONLY = {"serving", "evals", "bench"}
 # The ground floor of serving, which the rest of it and all the others stand on.
 GROUND_FLOOR = ("serving/machine", "serving/kit", "serving/client", "serving/checkpoint")
-# Names of layer kinds, of formats and of instruction sets, without an import of the stack: serving may use them.
+# Modules that stand on nothing of ours, which a folder may use though they are not below it: names of layer kinds, of
+# formats and of instruction sets, without an import of the stack; and how much memory is free.
 LEAVES = {
-    "laguna_serve.plugins.layers",
-    "laguna_serve.plugins.formats.experts",
-    "laguna_serve.plugins.formats.sequential_head",
-    "laguna_serve.kernels.isa",
+    "serving": (
+        "laguna_serve.plugins.layers",
+        "laguna_serve.plugins.formats.experts",
+        "laguna_serve.plugins.formats.sequential_head",
+        "laguna_serve.kernels.isa",
+    ),
+    "plugins": ("laguna_serve.serving.machine.memory",),
 }
 # Each has one home: exit statuses, progress, whole files, the palette of figures, and so on.
 HOMES = {
@@ -83,22 +89,31 @@ REFERENCE = "scripts/reference.py"
 HEAVY = {"torch", "vllm", "transformers", "triton"}
 
 
-def sources(folder: str) -> list[Path]:
+@cache
+def sources(folder: str) -> tuple[Path, ...]:
     """A folder's modules, without those of a distribution of its own (evals/spec_rl)."""
     others = {path.parent for path in (ROOT / folder).rglob("pyproject.toml")}
-    return sorted(path for path in (ROOT / folder).rglob("*.py") if not others & set(path.parents))
+    return tuple(sorted(path for path in (ROOT / folder).rglob("*.py") if not others & set(path.parents)))
 
 
-def imported(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it, by its full name."""
+@cache
+def read_names(path: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """Every module that a file imports, anywhere in it, by its full name; and every one that it names in a string."""
     names: set[str] = set()
+    named: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: expected absolute imports, got a relative one"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (m := MODULE.fullmatch(node.value)):
+            named.add(m[1].removeprefix("."))
+    return frozenset(names), frozenset(named)
+
+
+def imported(path: Path) -> frozenset[str]:
+    return read_names(path)[0]
 
 
 def is_kernel_benchmark(path: Path) -> bool:
@@ -129,10 +144,9 @@ def test_subfolders_with_code_are_packages(folder: str) -> None:
             assert (path.parent / "__init__.py").exists(), f"{path.parent}: expected an __init__.py"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_keep_their_direction(folder: str) -> None:
-    leaves = tuple(LEAVES) if folder == "serving" else ()
+    leaves = LEAVES.get(folder, ())
     for path in sources(folder):
         found = {name for name in imported(path) if name.startswith("laguna_serve.") and not name.startswith(leaves)}
         ours = {name.split(".")[1] for name in found}
@@ -144,7 +158,6 @@ def test_imports_keep_their_direction(folder: str) -> None:
         assert ours <= allowed, f"{path}: imports {sorted(ours - allowed)}"
 
 
-@pytest.mark.slow
 def test_nothing_but_the_command_line_stands_on_commands() -> None:
     """So that what a command reaches up for is not below anything."""
     commands = "laguna_serve.serving.commands"
@@ -154,7 +167,6 @@ def test_nothing_but_the_command_line_stands_on_commands() -> None:
             assert not any(name.startswith(commands) for name in imported(path)), f"{path}: imports {commands}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("folder", sorted(HTTP_ONLY))
 def test_http_side_imports_no_engine(folder: str) -> None:
     for path in sources(folder):
@@ -177,7 +189,7 @@ def test_ground_floor_imports_nothing_above_it(folder: str) -> None:
         above = {
             name
             for name in imported(path)
-            if name.startswith("laguna_serve.") and not name.startswith((*ground, *LEAVES))
+            if name.startswith("laguna_serve.") and not name.startswith((*ground, *LEAVES["serving"]))
         }
         assert not above, f"{path}: imports {sorted(above)}"
 
@@ -196,15 +208,13 @@ def test_every_room_has_its_floor(house: str) -> None:
     assert {path.parent.name for path in (ROOT / house).glob("*/__init__.py")} == set(ROOMS[house])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_modules_that_are_named_in_strings_are_there(folder: str) -> None:
     for path in sources(folder):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and (m := MODULE.fullmatch(node.value)):
-                module = ROOT.joinpath(*m[1].split(".")[1:])
-                there = module.with_suffix(".py").exists() or (module / "__init__.py").exists()
-                assert there, f"{path}: names {node.value}"
+        for name in read_names(path)[1]:
+            module = ROOT.joinpath(*name.split("."))
+            there = module.with_suffix(".py").exists() or (module / "__init__.py").exists()
+            assert there, f"{path}: names laguna_serve.{name}"
 
 
 @pytest.mark.parametrize("pattern", HOMES)
@@ -218,14 +228,9 @@ def test_what_all_share_exists_once(pattern: str) -> None:
     assert found == {HOMES[pattern]}
 
 
-@pytest.mark.slow
 def test_folders_are_not_crowded() -> None:
-    crowded = {
-        folder.relative_to(ROOT).as_posix()
-        for top in FOLDERS
-        for folder in {path.parent for path in sources(top)}
-        if sum(path.name != "__init__.py" for path in sources(top) if path.parent == folder) > MOST_FILES
-    }
+    files = Counter(path.parent for top in FOLDERS for path in sources(top) if path.name != "__init__.py")
+    crowded = [folder.relative_to(ROOT).as_posix() for folder, count in files.items() if count > MOST_FILES]
     assert not crowded, f"more than {MOST_FILES} files: give them a room"
 
 
