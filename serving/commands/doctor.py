@@ -10,6 +10,7 @@ dies.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags import Flag
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm
+from laguna_serve.serving.machine.huge_pages import describe_huge_pages, plan_huge_pages
 from laguna_serve.serving.machine.memory import show_size
 from laguna_serve.serving.machine.rates import Rates, describe_rates, find_rates
 from laguna_serve.serving.planning.devices import GPUS, plan_for
@@ -108,12 +110,18 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DoctorResult(ProbeReport, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.doctor/1"):
-    """The check of an installation. `rates`: how fast a CPU multiplies, and with what."""
+    """The check of an installation.
+
+    Attributes:
+        rates: how fast a CPU multiplies, and with what.
+        pages: what pages of memory an engine on a CPU gets, in words; None on a GPU.
+    """
 
     ok: bool
     problems: tuple[InstallProblem, ...]
     device: EnvironmentDevice | None
     rates: Rates | None = None
+    pages: str | None = None
 
 
 class DoctorError(CommandError, RuntimeError):
@@ -175,11 +183,13 @@ def diagnose() -> DoctorResult:
     report = run_probe()
     device = find_device(find_vllm())
     problems = find_problems(report, device)
+    on_cpu = device is not None and device.kind == "cpu"
     return DoctorResult(
         ok=not problems,
         problems=tuple(problems),
         device=None if device is None else describe_device(device),
-        rates=find_rates() if device is not None and device.kind == "cpu" else None,
+        rates=find_rates() if on_cpu else None,
+        pages=describe_huge_pages(os.environ | plan_huge_pages(os.environ)) if on_cpu else None,
         **msgspec.structs.asdict(report),
     )
 
@@ -296,6 +306,8 @@ def format_result(result: DoctorResult) -> str:
         rows.append(("device", f"{device.kind}, {device.name}, {free}"))
     if result.rates is not None:
         rows.append(("arithmetic", describe_rates(result.rates, bf16=multiplies_bf16())))
+    if result.pages is not None:
+        rows.append(("memory pages", result.pages))
     if result.cpu_kernels is not None:
         widths = "" if " " in result.cpu_kernels else ", weights of 32, 16 and 8 bits"  # else why there are none
         rows.append(("expert kernels", f"{result.cpu_kernels}{widths}"))

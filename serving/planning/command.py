@@ -19,6 +19,7 @@ from laguna_serve.serving.checkpoint.target import STOCK, find_served_dtype, val
 from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.dtype import choose_dtype
+from laguna_serve.serving.machine.huge_pages import plan_huge_pages
 from laguna_serve.serving.machine.threads import plan_threads
 from laguna_serve.serving.planning.budget import plan_memory
 from laguna_serve.serving.planning.engine_config import EngineConfig
@@ -275,15 +276,15 @@ def build_environment(
 ) -> dict[str, str]:
     """Build the engine's environment: ours, without usage reports, unbuffered, and offline when every file is here.
 
-    On a CPU threads are planned (machine/threads.py) for a target of ``weight_bytes``, 0 where they are not known.
-    Neither that nor ``settings`` replaces what the caller has set.
+    On a CPU threads are planned (machine/threads.py) for a target of ``weight_bytes``, 0 where they are not known, and
+    huge pages (machine/huge_pages.py).  Neither these nor ``settings`` replace what the caller has set.
     """
     environment = dict(base)
     # A setting of older vLLM-CPU releases that silently overrides --kv-cache-memory-bytes.
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
     if device.kind == "cpu":
-        environment |= plan_threads(environment, weight_bytes)
+        environment |= plan_threads(environment, weight_bytes) | plan_huge_pages(environment)
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRODUCTS)
     if local:

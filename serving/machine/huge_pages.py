@@ -1,0 +1,61 @@
+"""Huge pages of an engine on a CPU: weights and KV cache in pages of 2 MiB instead of 4 KiB, without a privilege.
+
+A step reads all of a model's weights once.  By pages of 4 KiB that is a walk of the page table for every 4 KiB, twice
+as deep in a virtual machine, and the processor's prefetching stops at each page's end.  Linux has pages of 2 MiB for
+memory whose program asks for them, which glibc's allocator does if a variable tells it to.
+
+https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html (glibc.malloc.hugetlb, since 2.35)
+https://docs.kernel.org/admin-guide/mm/transhuge.html
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+TUNABLES, HUGETLB = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+# Asks for transparent huge pages; 2 would take those that an administrator has set apart.
+TRANSPARENT = "1"
+FIRST_GLIBC = (2, 35)
+POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def plan_huge_pages(base: Mapping[str, str]) -> dict[str, str]:
+    """Plan the variable that asks for huge pages, beside what ``base`` says of the allocator; nothing in vain."""
+    tunables = base.get(TUNABLES, "")
+    if HUGETLB in tunables or read_policy() in {None, "never"} or read_glibc() < FIRST_GLIBC:
+        return {}
+    ours = f"{HUGETLB}={TRANSPARENT}"
+    return {TUNABLES: f"{tunables}:{ours}" if tunables else ours}
+
+
+def read_policy() -> str | None:
+    """Read to whom Linux gives huge pages: ``always``, ``madvise`` (who asks) or ``never``; None where it has none."""
+    try:
+        chosen = re.search(r"\[(\w+)\]", POLICY.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return chosen[1] if chosen else None
+
+
+def read_glibc() -> tuple[int, ...]:
+    """Read the version of glibc that this program runs on; empty on another C library."""
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    except (OSError, ValueError):
+        return ()
+    return tuple(int(part) for part in re.findall(r"\d+", version)) if name == "glibc" else ()
+
+
+def describe_huge_pages(environment: Mapping[str, str]) -> str:
+    """Describe the pages that an engine of this environment gets, and what to do where it gets small ones."""
+    policy = read_policy()
+    if policy == "always" or (policy == "madvise" and f"{HUGETLB}={TRANSPARENT}" in environment.get(TUNABLES, "")):
+        return "2 MiB where they fit"
+    if policy == "never":
+        return f"4 KiB: {POLICY} says never; with madvise there, large models decode a few per cent faster"
+    if policy == "madvise" and HUGETLB not in environment.get(TUNABLES, ""):
+        return "4 KiB: huge pages are asked for through glibc 2.35 or later"
+    return "4 KiB"
