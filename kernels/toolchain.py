@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import fcntl
 import functools
+import hashlib
 import os
+import platform
 import shlex
 import shutil
 import stat
@@ -14,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -64,6 +67,23 @@ def keep_library(name: str, compile_to: Callable[[Path], object]) -> Path:
                 compile_to(made)
                 made.replace(library)
     return library
+
+
+def keep_compiled(name: str, source: Path, flags: Sequence[str], *libraries: str) -> Path:
+    """Keep a library that is made of one file, under a name that changes with file, compiler, flags and torch.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+        OSError: neither the cache nor a temporary folder can be written.
+    """
+    compiler = find_compiler()
+    parts = (source.read_text(encoding="utf-8"), *compiler.command, compiler.version, *flags, platform.machine())
+    key = hashlib.sha256("\n".join((*parts, metadata.version("torch"))).encode()).hexdigest()[:16]
+
+    def compile_to(made: Path) -> None:
+        run_compiler([*compiler.command, *flags, "-o", str(made), str(source), *libraries], source.name)
+
+    return keep_library(f"{name}-{key}.so", compile_to)
 
 
 @functools.cache

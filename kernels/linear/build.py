@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from laguna_serve.kernels.isa import choose_path
-from laguna_serve.kernels.toolchain import BuildError, find_compiler, keep_library, run_compiler
+from laguna_serve.kernels.toolchain import BuildError, keep_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +90,7 @@ def build(path: str) -> Path:
         BuildError: no compiler, or it failed.
         OSError: neither the cache nor a temporary folder can be written.
     """
-    return _build(f"linear-{path}", "product.cpp", (*FLAGS, *PATH_FLAGS[path]))
+    return keep_compiled(f"linear-{path}", SOURCES / "product.cpp", (*FLAGS, *PATH_FLAGS[path]))
 
 
 def build_op() -> Path:
@@ -104,15 +102,4 @@ def build_op() -> Path:
     """
     folder = Path(torch.__file__).parent
     torch_flags = ("-isystem", str(folder / "include"), "-L", str(folder / "lib"))
-    return _build("linear-op", "op.cpp", (*OP_FLAGS, *torch_flags), "-ltorch_cpu")
-
-
-def _build(name: str, source: str, flags: Sequence[str], *libraries: str) -> Path:
-    compiler, file = find_compiler(), SOURCES / source
-    parts = (file.read_text(encoding="utf-8"), *compiler.command, compiler.version, *flags, platform.machine())
-    key = hashlib.sha256("\n".join((*parts, torch.__version__)).encode()).hexdigest()[:16]
-
-    def compile_to(made: Path) -> None:
-        run_compiler([*compiler.command, *flags, "-o", str(made), str(file), *libraries], source)
-
-    return keep_library(f"{name}-{key}.so", compile_to)
+    return keep_compiled("linear-op", SOURCES / "op.cpp", (*OP_FLAGS, *torch_flags), "-ltorch_cpu")

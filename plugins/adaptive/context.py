@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from laguna_serve.plugins.drafting.context import store_taps
 from laguna_serve.plugins.repairs.row_counts import pad
 
 # What may wait, in rows and in bytes of hidden states, of which at least so many rows.  What was dropped and is not
@@ -130,7 +131,7 @@ class WaitingContext:
         )
         self._steps = []
         self._rows.clear()
-        model.precompute_and_store_context_kv(model.combine_hidden_states(states), positions, slots)
+        store_taps(model, states, positions, slots)
         keep = math.exp(-rows / MEMORY_ROWS)
         self._written, self._write_s = self._written * keep + rows, self._write_s * keep + perf_counter() - begin
         self.row_s = self._write_s / self._written

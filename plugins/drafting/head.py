@@ -4,43 +4,20 @@ A place is some twenty operations on a few thousand numbers, each of which costs
 one or two whatever its size.  Compiled, a block of the toy takes a third of NumPy's time; at a vocabulary of 100,352
 reading the head's own matrix is what takes the time.  The head's tensors are read as they are, so that new weights
 count at once.
-
-vLLM brings Numba along, for its n-gram drafts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import float32, float64, int64
 
+from laguna_serve.plugins.drafting.compiled import compiled
 from laguna_serve.plugins.models.dflash_head import SequentialHead
 
 Floats = npt.NDArray[np.float32]
 # Below it vLLM takes a request for greedy (v1/sample/sampler.py).
 LEAST_TEMPERATURE = 1e-5
-SIGNATURE = (
-    *(float32[:, ::1],) * 3,
-    *(float32[:, :, ::1],) * 2,
-    int64[:, ::1],
-    float32[::1],
-    float64[:, ::1],
-    float32[:, :, ::1],
-)
-
-
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile a function for SIGNATURE, and keep the result beside it or in the user's cache where either can be."""
-    compile_as: Any = numba.njit
-    try:
-        return compile_as(SIGNATURE, cache=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # neither can be written
-        return compile_as(SIGNATURE)(function)  # type: ignore[no-any-return]
 
 
 def draft_block(
@@ -72,7 +49,14 @@ def draft_block(
     return torch.from_numpy(tokens[:, 1:]), torch.from_numpy(probs) if drawn else None
 
 
-@compiled
+@compiled(
+    *("float32[:, ::1]",) * 3,
+    *("float32[:, :, ::1]",) * 2,
+    "int64[:, ::1]",
+    "float32[::1]",
+    "float64[:, ::1]",
+    "float32[:, :, ::1]",
+)
 def _draft_places(
     embedding: Floats,
     mix: Floats,

@@ -1,4 +1,4 @@
-"""Which rows of a verified step a DFlash drafter reads, and what it is asked next; NumPy and lists, nothing of vLLM.
+"""Which rows of a verified step a DFlash drafter reads, and what it is asked next; arrays and lists, nothing of vLLM.
 
 On a GPU nobody knows at this point how many drafts were accepted, so that vLLM works it out by kernels on padded rows.
 On a CPU the tokens are there, and a few operations on small arrays replace some sixty of torch's.
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from laguna_serve.plugins.drafting.compiled import compiled
 from laguna_serve.plugins.repairs.row_counts import pad
 
 Ints = npt.NDArray[Any]
@@ -67,23 +68,126 @@ def find_kept(bounds: Sequence[int], rejected: Sequence[int]) -> slice | Ints:
 
 
 @dataclass(frozen=True, slots=True)
-class Queries:
-    """Rows that the drafter computes, request by request: the last token and the masks behind it, [batch, width]."""
+class Verified:
+    """Which rows verify drafts: of each request as many as it has drafts, and the one behind them.
 
+    Attributes:
+        logits: [drafts + batch] int32, these rows' places in the step.
+        target: [drafts] int32, the rows of drafts among these.
+        bonus: [batch] int32, the last of each request among these.
+    """
+
+    logits: Ints
+    target: Ints
+    bonus: Ints
+
+
+def find_verified(drafts: Ints, ends: Ints) -> Verified:
+    """Find the rows that verify; drafts int32 [batch], ends [batch], where each request's rows of the step end."""
+    batch, total = len(drafts), int(drafts.sum())
+    rows = Verified(*(np.empty(count, np.int32) for count in (total + batch, total, batch)))
+    _find_verified(drafts, ends.astype(np.int64, copy=False), rows.logits, rows.target, rows.bonus)
+    return rows
+
+
+@compiled("int32[::1]", "int64[::1]", *("int32[::1]",) * 3)
+def _find_verified(drafts: Ints, ends: Ints, logits: Ints, target: Ints, bonus: Ints) -> None:
+    row = 0
+    for request in range(len(drafts)):
+        for place in range(drafts[request]):
+            target[row - request] = row
+            logits[row] = ends[request] - drafts[request] - 1 + place
+            row += 1
+        bonus[request], logits[row] = row, ends[request] - 1
+        row += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Where the drafter's rows go, request by request: the last token and the masks behind it.
+
+    Attributes:
+        ids: int32, positions, slots: int64, each of at least batch · width.
+        lengths: int32 [batch], each request's length with these rows.
+    """
+
+    ids: Ints
     positions: Ints
     slots: Ints
+    lengths: Ints
 
 
-def place_queries(last_positions: Ints, width: int, block_table: Ints, block_size: int) -> Queries:
+def place_queries(
+    accepted: Accepted,
+    bounds: Sequence[int],
+    positions: Ints,
+    lengths: Ints,
+    block_table: Ints,
+    block_size: int,
+    mask: int,
+    width: int,
+    queries: Queries,
+) -> None:
     """Place rows behind the last committed position of every request.
 
     Args:
-        last_positions: [batch].
+        accepted: what became of the step.
+        bounds: [batch + 1] of the step's rows, as of `find_kept`.
+        positions: int64 [rows] of the step.
+        lengths: int32 [batch] of the step's sequences, rejected drafts among them.
+        block_table: int32 [batch, blocks]; a row behind its end lies in the last block.
+        block_size: tokens of a block.
+        mask: the token that stands for one to draft.
         width: rows per request, γ + 1.
-        block_table: [batch, blocks]; a row behind its end lies in the last block.
+        queries: is filled.
     """
-    positions = last_positions[:, None] + np.arange(1, width + 1)
-    blocks, within = np.divmod(positions, block_size)
-    rows, last_block = np.arange(len(positions))[:, None], block_table.shape[1] - 1
-    slots = block_table[rows, np.minimum(blocks, last_block)].astype(np.int64) * block_size + within
-    return Queries(positions, slots)
+    _place(
+        np.array(accepted.last),
+        np.array(accepted.rejected),
+        np.array(bounds),
+        positions,
+        lengths,
+        block_table,
+        block_size,
+        mask,
+        width,
+        queries.ids,
+        queries.positions,
+        queries.slots,
+        queries.lengths,
+    )
+
+
+@compiled(
+    *("int64[::1]",) * 4,
+    "int32[::1]",
+    "int32[:, :]",
+    *("int64",) * 3,
+    "int32[::1]",
+    *("int64[::1]",) * 2,
+    "int32[::1]",
+)
+def _place(
+    last: Ints,
+    rejected: Ints,
+    bounds: Ints,
+    step_positions: Ints,
+    step_lengths: Ints,
+    block_table: Ints,
+    block_size: int,
+    mask: int,
+    width: int,
+    ids: Ints,
+    positions: Ints,
+    slots: Ints,
+    lengths: Ints,
+) -> None:
+    for request in range(len(last)):
+        lengths[request] = step_lengths[request] - rejected[request] + width
+        before = step_positions[bounds[request + 1] - 1 - rejected[request]]
+        for place in range(width):
+            row, position = request * width + place, before + 1 + place
+            block = min(position // block_size, block_table.shape[1] - 1)
+            ids[row] = mask if place else last[request]
+            positions[row] = position
+            slots[row] = block_table[request, block] * block_size + position % block_size

@@ -1,19 +1,22 @@
 """vLLM's CPU model runner for a DFlash drafter: what was accepted is read as the list that it is.
 
-Checked against vLLM 0.32.0: `propose_draft_token_ids` of the V1 runner, without asynchronous scheduling, which vLLM
-turns off on a CPU.
+Checked against vLLM 0.32.0: `propose_draft_token_ids`, `_calc_spec_decode_metadata` and `_copy_draft_token_ids_to_cpu`
+of the V1 runner, without asynchronous scheduling, which vLLM turns off on a CPU.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from laguna_serve.plugins.drafting.proposer import CPUDFlashProposer
-from laguna_serve.plugins.drafting.rows import read_accepted
+from laguna_serve.plugins.drafting.rows import find_verified, read_accepted
 
 
 class DraftingModelRunner(CPUModelRunner):  # type: ignore[misc]
@@ -74,3 +77,28 @@ class DraftingModelRunner(CPUModelRunner):  # type: ignore[misc]
         if probabilities is not None:
             self._draft_probs, self._draft_prob_req_ids = probabilities, batch.req_ids.copy()
         return drafts
+
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: npt.NDArray[np.int32], cu_num_scheduled_tokens: npt.NDArray[np.int32]
+    ) -> SpecDecodeMetadata:
+        """Find the rows of a step that verify drafts, and the drafts, as the stock method does; without torch."""
+        rows = find_verified(num_draft_tokens, cu_num_scheduled_tokens)
+        drafts = self.input_ids.np[rows.logits][rows.target + 1]
+        return SpecDecodeMetadata(
+            draft_token_ids=torch.from_numpy(drafts),
+            num_draft_tokens=num_draft_tokens.tolist(),
+            cu_num_draft_tokens=torch.from_numpy(num_draft_tokens.cumsum(dtype=np.int32)),
+            cu_num_sampled_tokens=torch.from_numpy(rows.bonus + 1),
+            target_logits_indices=torch.from_numpy(rows.target),
+            bonus_logits_indices=torch.from_numpy(rows.bonus),
+            logits_indices=torch.from_numpy(rows.logits),
+        )
+
+    def _copy_draft_token_ids_to_cpu(self, scheduler_output: Any, zeros_only: bool = False) -> None:
+        """Keep drafts as the list that the scheduler is given: they are on the CPU already."""
+        if not isinstance(self._draft_token_ids, torch.Tensor):
+            super()._copy_draft_token_ids_to_cpu(scheduler_output, zeros_only)
+            return
+        self.prev_num_spec_tokens = self._draft_token_ids.shape[1]
+        self._draft_token_req_ids = self.input_batch.req_ids.copy()
+        self._draft_token_ids = self._draft_token_ids.tolist()

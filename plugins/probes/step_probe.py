@@ -50,6 +50,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "runner.drafter.build_per_group_and_layer_attn_metadata",
     ),
     "drafter: context": (
+        "runner.drafter.model.store_taps",
         "runner.drafter.model.combine_hidden_states",
         "runner.drafter.model.precompute_and_store_context_kv",
     ),

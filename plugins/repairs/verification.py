@@ -39,7 +39,7 @@ def verify_likeliest(logits: torch.Tensor, drafts: torch.Tensor, counts: Sequenc
         taken = next((i for i, (a, b) in enumerate(zip(own, given, strict=False)) if a != b), count) + 1
         tokens.append(own[:taken] + [NO_TOKEN] * (width - taken))
         first += count + 1
-    return torch.tensor(tokens, dtype=torch.int32)
+    return torch.from_numpy(np.array(tokens, dtype=np.int32))
 
 
 def verify_drawn(

@@ -1,7 +1,8 @@
 """Draft on a real engine by stock vLLM's functions and by ours in the same step; print, as JSON, where they differ.
 
-    python drafting_probe.py TOY_FOLDER DRAFTER
+    python drafting_probe.py TOY_FOLDER DRAFTER KERNELS
 
+KERNELS: `ours`, with which the context is made by one call, or `vllm`.
 Several requests of different lengths run beside each other, prompts come in parts, one request ends early.
 """
 
@@ -16,8 +17,10 @@ from typing import Any
 PROMPTS, TOKENS, PART = 6, 40, 48
 
 
-def main(toy: Path, drafter: str) -> None:
+def main(toy: Path, drafter: str, kernels: str) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    if kernels == "vllm":
+        os.environ["LAGUNA_CPU_KERNELS"] = kernels
     from vllm import LLM, SamplingParams
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -62,4 +65,4 @@ def main(toy: Path, drafter: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

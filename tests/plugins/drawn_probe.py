@@ -118,7 +118,7 @@ def draw_often(proposer: Any, sample: Any, held: dict[str, Any]) -> list[dict[st
     with torch.inference_mode():
         hidden, prefix = held["hidden"][:PLACES], held["anchors"][:1].long()
         proposer.num_speculative_tokens = PLACES
-        proposer.input_ids = prefix.repeat(COPIES * (PLACES + 1))
+        proposer.input_ids = prefix.repeat(COPIES * (PLACES + 1)).to(torch.int32)
         metadata = replace(held["metadata"], temperature=torch.ones(COPIES), all_random=True)
         rounds = [sample(hidden.repeat(COPIES, 1), metadata)[0].view(COPIES, PLACES) for _ in range(ROUNDS)]
         drawn = torch.cat(rounds)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from probes import run_program
 from sequential_toy import make_sequential
 
+from laguna_serve.plugins.drafting.context import finish_keys, normalize_slices
 from laguna_serve.plugins.processes.inspection import ask_here
 
 pytestmark = pytest.mark.vllm
@@ -35,7 +36,7 @@ def keys_and_weights() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_stock_grouped_norm_ignores_the_layer() -> None:
-    """When this fails, vLLM's CPU norm knows grouped weights: retire `normalize_grouped` and the two subclasses."""
+    """When this fails, vLLM's CPU norm knows grouped weights: retire what dflash_cpu.py says of norms."""
     from vllm import _custom_ops as ops
 
     keys, weights = keys_and_weights()
@@ -46,16 +47,43 @@ def test_stock_grouped_norm_ignores_the_layer() -> None:
     assert not torch.allclose(stock[1:], right[1:], atol=1e-2)
 
 
-def test_grouped_norm_follows_the_layer() -> None:
-    from laguna_serve.plugins.models.dflash_cpu import normalize_grouped
+def rotate(keys: torch.Tensor, angles: torch.Tensor, *, neox: bool) -> torch.Tensor:
+    """Rotate the first dimensions of keys [L, T, heads, D] by angles [T, rotated], cosines first."""
+    cosine, sine = angles[None, :, None].chunk(2, -1)
+    rotated = angles.shape[1]
+    head, rest = keys[..., :rotated], keys[..., rotated:]
+    first, second = head.chunk(2, -1) if neox else (head[..., ::2], head[..., 1::2])
+    turned = first * cosine - second * sine, second * cosine + first * sine
+    both = torch.cat(turned, -1) if neox else torch.stack(turned, -1).flatten(-2)
+    return torch.cat([both, rest], -1)
 
+
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_have_their_layers_norm_and_their_positions_rotation(dtype: torch.dtype, neox: bool) -> None:
     keys, weights = keys_and_weights()
-    right = norm_per_layer(keys, weights)
-    torch.testing.assert_close(normalize_grouped(keys, weights[:, None, None], torch.ones(DIM), EPS), right)
-    keys, weights = keys.bfloat16(), weights.bfloat16()
-    ours = normalize_grouped(keys, weights[:, None, None], torch.ones(DIM).bfloat16(), EPS)
-    assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours.float(), right, rtol=2e-2, atol=2e-2)
+    keys, angles = keys.to(dtype), torch.rand(TOKENS, DIM // 2).to(dtype)
+    before = keys.clone()
+    right = rotate(norm_per_layer(keys.float(), weights), angles.float(), neox=neox)
+    ours = finish_keys(keys.transpose(0, 2).contiguous().transpose(0, 2), weights, EPS, angles, neox=neox)
+    assert ours.dtype == dtype
+    assert ours.is_contiguous()
+    assert torch.equal(keys, before)
+    torch.testing.assert_close(ours, right.to(dtype), rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_slice_has_its_own_norm(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows, weights = torch.randn(TOKENS, 3 * DIM).to(dtype), torch.rand(3, DIM) + 0.5
+    before = rows.clone()
+    right = F.rms_norm(rows.float().view(TOKENS, 3, DIM), (DIM,), eps=EPS) * weights
+    ours = normalize_slices(rows, weights, EPS)
+    assert ours.dtype == dtype
+    assert torch.equal(rows, before)
+    torch.testing.assert_close(
+        ours, right.flatten(1).to(dtype), rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+    )
 
 
 def make_deep_speculators(folder: Path) -> Path:

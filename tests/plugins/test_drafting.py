@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from probes import run_probe
 
-from laguna_serve.plugins.drafting.rows import Accepted, find_kept, place_queries, read_accepted
+from laguna_serve.plugins.drafting.rows import (
+    Accepted,
+    Queries,
+    find_kept,
+    find_verified,
+    place_queries,
+    read_accepted,
+)
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 
@@ -43,17 +50,31 @@ def test_rejected_rows_are_left_out(bounds: list[int], rejected: list[int], expe
 
 
 def test_queries_follow_the_last_token_over_blocks_and_stay_in_the_last_one() -> None:
-    table = np.array([[4, 7], [2, 9]], dtype=np.int32)
-    queries = place_queries(np.array([1, 6]), 3, table, 4)
-    assert queries.positions.tolist() == [[2, 3, 4], [7, 8, 9]]
-    assert queries.slots.tolist() == [[4 * 4 + 2, 4 * 4 + 3, 7 * 4], [9 * 4 + 3, 9 * 4, 9 * 4 + 1]]
+    table = np.array([[4, 7, 0], [2, 9, 0]], dtype=np.int32)[:, :2]
+    queries = Queries(np.full(9, -5, np.int32), np.full(9, -5), np.full(9, -5), np.empty(2, np.int32))
+    accepted, positions = Accepted(last=[31, 32], rejected=[0, 2]), np.array([0, 1, 5, 6, 7, 8])
+    place_queries(accepted, [0, 2, 6], positions, np.array([2, 9], np.int32), table, 4, 3, 3, queries)
+    assert queries.ids.tolist() == [31, 3, 3, 32, 3, 3, -5, -5, -5]
+    assert queries.positions.tolist() == [2, 3, 4, 7, 8, 9, -5, -5, -5]
+    assert queries.slots.tolist() == [4 * 4 + 2, 4 * 4 + 3, 7 * 4, 9 * 4 + 3, 9 * 4, 9 * 4 + 1, -5, -5, -5]
+    assert queries.lengths.tolist() == [5, 10]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_rows_that_verify(kind: type) -> None:
+    found = find_verified(np.array([3, 0, 2, 0, 1], np.int32), np.array([4, 104, 107, 207, 209], kind))
+    assert found.logits.tolist() == [0, 1, 2, 3, 103, 104, 105, 106, 206, 207, 208]
+    assert found.target.tolist() == [0, 1, 2, 5, 6, 9]
+    assert found.bonus.tolist() == [3, 4, 7, 8, 10]
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize("kernels", ["vllm", "ours"])
 @pytest.mark.parametrize("drafter", ["dflash", "dflash-speculators"])
-def test_drafts_are_those_of_stock_vllm(drafter: str) -> None:
-    seen = run_probe("drafting_probe.py", str(TOY), drafter)
-    assert seen["differing"] == 0
+def test_drafts_are_those_of_stock_vllm(drafter: str, kernels: str) -> None:
+    seen = run_probe("drafting_probe.py", str(TOY), drafter, kernels)
+    # A context that is made by one call is rounded elsewhere: of tokens that are nearly as likely, another comes first.
+    assert seen["differing"] <= (0.03 * seen["drafts"] if kernels == "ours" else 0)
     assert seen["steps"] > 20
     assert seen["together"] == 3
     assert min(seen["rejected"], seen["reading"]) > 0

@@ -49,16 +49,16 @@ from laguna_serve.plugins.models import dflash_cpu
 
 def register():
     drafter = dflash_cpu.DFlashLagunaForCausalLM
-    write = drafter.precompute_and_store_context_kv
+    write = drafter.store_taps
     state = {"lost": False}
 
-    def lose(self, states, positions, slots=None):
-        if slots is not None and len(positions) > 8:
+    def lose(self, taps, positions, slots):
+        if len(positions) > 8:
             state["lost"] = bool(positions[0] > 0)
-        if slots is None or not state["lost"]:
-            write(self, states, positions, slots)
+        if not state["lost"]:
+            write(self, taps, positions, slots)
 
-    drafter.precompute_and_store_context_kv = lose
+    drafter.store_taps = lose
 """
 
 
