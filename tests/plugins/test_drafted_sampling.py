@@ -116,3 +116,13 @@ def test_stock_sampling_beside_a_draft_is_not() -> None:
     if run.returncode == 0:  # divided by whatever the memory held: it may also come to NaN, and to an error
         first, _, expected_first, _ = json.loads(run.stdout.splitlines()[-1])[0]
         assert first != pytest.approx(expected_first, abs=0.0125)
+
+
+def test_parsed_tokens_are_stock_vllms() -> None:
+    from laguna_serve.plugins.repairs.drafted_sampling import parse_output, stock_parse
+
+    torch.manual_seed(0)
+    for batch, width in ((1, 8), (5, 4), (3, 1)):
+        tokens = torch.randint(-1, 12, (batch, width), dtype=torch.int32)
+        for discarded in ((), [0], list(range(batch))):
+            assert parse_output(tokens, 10, discarded) == stock_parse(tokens, 10, discarded)
