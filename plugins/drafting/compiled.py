@@ -3,14 +3,15 @@
 Each is some ten operations on a few thousand numbers at most, of which every one costs torch several microseconds and
 NumPy one or two, whatever its size.  vLLM brings Numba along, for its n-gram drafts.
 
-Numba is imported by `prepare`, not with this module: before an engine's worker has begun, vLLM looks into the
-attributes of all modules there are, and an object of llvmlite's does not permit it (checked against vLLM 0.32.0,
-`_rebind_kernels` of triton_utils/dispatcher.py, and llvmlite 0.47).
+Numba is imported when a function is prepared, where one is needed: it takes 100 MiB, and before an engine's worker has
+begun, vLLM looks into the attributes of all modules there are, which an object of llvmlite's does not permit (vLLM
+0.32.0, `_rebind_kernels` of triton_utils/dispatcher.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -23,36 +24,25 @@ class Compiled:
 
     def __call__(self, *args: Any) -> None:
         """Run it."""
-        (self._run or self.compile())(*args)
+        (self._run or self.prepare())(*args)
 
-    def compile(self) -> Callable[..., None]:
-        """Compile it once, and keep the result beside its file or in the user's cache where either can be written."""
+    def prepare(self) -> Callable[..., None]:
+        """Compile it once, so that no step waits for it."""
         if self._run is None:
-            import numba
-
-            compile_as: Any = numba.njit
-            try:
-                self._run = compile_as(self.signature, cache=True)(self.function)
-            except RuntimeError:  # neither can be
-                self._run = compile_as(self.signature)(self.function)
-        assert self._run is not None
+            self._run = self._compile()
         return self._run
 
+    def _compile(self) -> Callable[..., None]:
+        """Compile it, and keep the result beside its file or in the user's cache where either can be written."""
+        import numba
 
-_functions: list[Compiled] = []
+        compile_as: Any = numba.njit
+        try:
+            return compile_as(self.signature, cache=True)(self.function)  # type: ignore[no-any-return]
+        except RuntimeError:  # neither can be
+            return compile_as(self.signature)(self.function)  # type: ignore[no-any-return]
 
 
 def compiled(*arguments: str) -> Callable[[Callable[..., None]], Compiled]:
     """Decorate a function whose arguments have these types, as Numba writes them."""
-
-    def decorate(function: Callable[..., None]) -> Compiled:
-        _functions.append(Compiled(f"void({', '.join(arguments)})", function))
-        return _functions[-1]
-
-    return decorate
-
-
-def prepare() -> None:
-    """Compile what the modules that are imported have, so that no step waits for it."""
-    for function in _functions:
-        function.compile()
+    return partial(Compiled, f"void({', '.join(arguments)})")

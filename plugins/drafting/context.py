@@ -29,6 +29,12 @@ def store_taps(model: Any, taps: torch.Tensor, positions: torch.Tensor, slots: t
         model.precompute_and_store_context_kv(model.combine_hidden_states(taps), positions, slots)
 
 
+def prepare() -> None:
+    """Compile the arithmetic."""
+    _normalize.prepare()
+    _finish.prepare()
+
+
 def normalize_slices(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of each of S slices of rows [T, S · D] with its own weights [S, D] float32; a new tensor of x's dtype."""
     rows = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

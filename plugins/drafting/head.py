@@ -20,6 +20,11 @@ Floats = npt.NDArray[np.float32]
 LEAST_TEMPERATURE = 1e-5
 
 
+def prepare() -> None:
+    """Compile what drafts a block."""
+    _draft_places.prepare()
+
+
 def draft_block(
     head: SequentialHead,
     hidden: torch.Tensor,

@@ -22,18 +22,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from laguna_serve.plugins.drafting.compiled import prepare
 from laguna_serve.plugins.drafting.context import store_taps
 from laguna_serve.plugins.drafting.rows import Accepted, Queries, find_kept, place_queries
 
 
 class CPUDFlashProposer(DFlashProposer):  # type: ignore[misc]
     """A DFlash drafter whose rows are counted on the CPU."""
-
-    def load_model(self, target_model: Any) -> None:
-        """Load the drafter, and compile what its steps compute."""
-        super().load_model(target_model)
-        prepare()
 
     def draft(
         self,

@@ -1,4 +1,4 @@
-"""Which rows of a verified step a DFlash drafter reads, and what it is asked next; arrays and lists, nothing of vLLM.
+"""Which rows of a verified step a DFlash drafter reads, and what it is asked next; NumPy and lists, nothing of vLLM.
 
 On a GPU nobody knows at this point how many drafts were accepted, so that vLLM works it out by kernels on padded rows.
 On a CPU the tokens are there, and a few operations on small arrays replace some sixty of torch's.
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from laguna_serve.plugins.drafting.compiled import compiled
 from laguna_serve.plugins.repairs.row_counts import pad
 
 Ints = npt.NDArray[Any]
@@ -84,22 +83,13 @@ class Verified:
 
 def find_verified(drafts: Ints, ends: Ints) -> Verified:
     """Find the rows that verify; drafts int32 [batch], ends [batch], where each request's rows of the step end."""
-    batch, total = len(drafts), int(drafts.sum())
-    rows = Verified(*(np.empty(count, np.int32) for count in (total + batch, total, batch)))
-    _find_verified(drafts, ends.astype(np.int64, copy=False), rows.logits, rows.target, rows.bonus)
-    return rows
-
-
-@compiled("int32[::1]", "int64[::1]", *("int32[::1]",) * 3)
-def _find_verified(drafts: Ints, ends: Ints, logits: Ints, target: Ints, bonus: Ints) -> None:
-    row = 0
-    for request in range(len(drafts)):
-        for place in range(drafts[request]):
-            target[row - request] = row
-            logits[row] = ends[request] - drafts[request] - 1 + place
-            row += 1
-        bonus[request], logits[row] = row, ends[request] - 1
-        row += 1
+    counts = drafts + 1
+    bonus = counts.cumsum(dtype=np.int32) - 1
+    rows = np.arange(bonus[-1] + 1, dtype=np.int32)
+    logits = rows + np.repeat(ends - 1 - bonus, counts)
+    is_target = np.ones(len(rows), bool)
+    is_target[bonus] = False
+    return Verified(logits.astype(np.int32, copy=False), rows[is_target], bonus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,53 +131,13 @@ def place_queries(
         width: rows per request, γ + 1.
         queries: is filled.
     """
-    _place(
-        np.array(accepted.last),
-        np.array(accepted.rejected),
-        np.array(bounds),
-        positions,
-        lengths,
-        block_table,
-        block_size,
-        mask,
-        width,
-        queries.ids,
-        queries.positions,
-        queries.slots,
-        queries.lengths,
-    )
-
-
-@compiled(
-    *("int64[::1]",) * 4,
-    "int32[::1]",
-    "int32[:, :]",
-    *("int64",) * 3,
-    "int32[::1]",
-    *("int64[::1]",) * 2,
-    "int32[::1]",
-)
-def _place(
-    last: Ints,
-    rejected: Ints,
-    bounds: Ints,
-    step_positions: Ints,
-    step_lengths: Ints,
-    block_table: Ints,
-    block_size: int,
-    mask: int,
-    width: int,
-    ids: Ints,
-    positions: Ints,
-    slots: Ints,
-    lengths: Ints,
-) -> None:
-    for request in range(len(last)):
-        lengths[request] = step_lengths[request] - rejected[request] + width
-        before = step_positions[bounds[request + 1] - 1 - rejected[request]]
-        for place in range(width):
-            row, position = request * width + place, before + 1 + place
-            block = min(position // block_size, block_table.shape[1] - 1)
-            ids[row] = mask if place else last[request]
-            positions[row] = position
-            slots[row] = block_table[request, block] * block_size + position % block_size
+    batch, rejected = len(accepted.last), np.array(accepted.rejected)
+    rows = batch * width
+    queries.lengths[:batch] = lengths[:batch] - rejected + width
+    before = positions[np.array(bounds[1:]) - 1 - rejected]
+    placed = (before[:, None] + np.arange(1, width + 1)).ravel()
+    blocks = np.minimum(placed // block_size, block_table.shape[1] - 1)
+    queries.positions[:rows] = placed
+    queries.slots[:rows] = block_table[np.arange(rows) // width, blocks] * np.int64(block_size) + placed % block_size
+    queries.ids[:rows] = mask
+    queries.ids[:rows:width] = accepted.last

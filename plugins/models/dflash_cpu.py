@@ -32,7 +32,7 @@ from vllm.model_executor.models import qwen3_dflash
 
 from laguna_serve.kernels.dflash_context import Context, Weights, make_context
 from laguna_serve.plugins.cpu_linear import takes_over
-from laguna_serve.plugins.drafting.context import finish_keys, normalize_slices
+from laguna_serve.plugins.drafting.context import finish_keys, normalize_slices, prepare
 from laguna_serve.plugins.formats.completeness import refuse_incomplete
 from laguna_serve.plugins.models import dflash
 
@@ -160,7 +160,17 @@ class StoresTaps:
 
     @cached_property
     def _context(self) -> Context | None:
-        return find_context(self.model)
+        context = find_context(self.model)
+        if context is None:
+            prepare()
+        return context
+
+    def precompute_and_store_context_kv(
+        self, context_states: torch.Tensor, context_positions: torch.Tensor, context_slot_mapping: Any = None
+    ) -> None:
+        """Write the context of combined hidden states; what is on trial, without slots, is the call that will do it."""
+        if self._context is None or context_slot_mapping is not None:
+            self.model.precompute_and_store_context_kv(context_states, context_positions, context_slot_mapping)
 
     def store_taps(self, taps: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """Write keys and values of the target's taps side by side [T, taps · hidden] at positions [T] to slots [T]."""

@@ -20,7 +20,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-from laguna_serve.plugins.drafting.head import draft_block
+from laguna_serve.plugins.drafting.head import draft_block, prepare
 from laguna_serve.plugins.formats.sequential_head import HEAD
 from laguna_serve.plugins.models.dflash_head import SequentialHead
 
@@ -119,6 +119,7 @@ def serve_head() -> None:
     """Replace vLLM's methods; calling it again changes nothing."""
     DFlashProposer._sample_draft_tokens = sample_draft_tokens
     if current_platform.is_cpu():  # has the V1 runner alone
+        prepare()
         return
     from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
