@@ -85,10 +85,12 @@ class CPUDFlashProposer(DFlashProposer):  # type: ignore[misc]
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Likeliest tokens [rows] by the plain sampler's operation, which takes a third of `argmax`'s time."""
+        tokens: torch.Tensor
         if self.use_local_argmax_reduction or self.use_heterogeneous_vocab:
-            tokens: torch.Tensor = super()._greedy_sample(hidden_states)
-            return tokens
-        return Sampler.greedy_sample(self.model.compute_logits(hidden_states).to(torch.float32))
+            tokens = super()._greedy_sample(hidden_states)
+        else:
+            tokens = Sampler.greedy_sample(self.model.compute_logits(hidden_states).to(torch.float32))
+        return tokens
 
     def _place(
         self,

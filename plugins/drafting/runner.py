@@ -22,6 +22,8 @@ from laguna_serve.plugins.drafting.rows import find_verified, read_accepted
 class DraftingModelRunner(CPUModelRunner):  # type: ignore[misc]
     """Model runner V1 whose DFlash drafter is a CPUDFlashProposer; other drafters are left to vLLM."""
 
+    _draft_token_ids: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         stock = gpu_model_runner.DFlashProposer
         gpu_model_runner.DFlashProposer = CPUDFlashProposer

@@ -9,7 +9,8 @@ vLLM makes those keys and values with torch's products, which arrange a matrix i
 every call: for five layers of 2048 × 2048 and one row that takes as long as the products themselves.  Here they are
 multiplied as vLLM's linear layers are, arranged once, or as plugins/cpu_linear.py has these where it takes over.  Where
 every layer has a norm of its own before its matrix (Laguna's), the norms' weights are multiplied into the matrices, so
-that one product serves all layers: each operation costs a small drafter's step as much as its arithmetic.
+that one product serves all layers: each operation costs a small drafter's step as much as its arithmetic.  Drafters in
+bfloat16 have all of it done by one call (kernels/dflash_context) where plugins/cpu_linear.py takes over.
 
 Checked against vLLM 0.32.0.  The norms can go when
 `tests/plugins/test_dflash.py::test_stock_grouped_norm_ignores_the_layer` fails.
@@ -151,7 +152,7 @@ def find_context(model: Any) -> Context | None:
 
 
 class StoresTaps:
-    """A drafter that makes its context by one call where it can; it costs a small one's step a third of the time.
+    """A drafter that makes its context by one call where it can.
 
     The call reads the model's own tensors, into which new weights are copied (plugins/staging.py).
     """
