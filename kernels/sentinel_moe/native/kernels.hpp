@@ -45,10 +45,17 @@ struct Steps {
   static constexpr int ROW_TOKENS = MANY ? 4 : 2;                  // tokens of a tile of `add_rows`
   static constexpr int group_for(int tokens) { return MANY || tokens == 1 ? 8 : 4; }  // atoms of one
   static constexpr int COLUMN_TOKENS = MANY ? 12 : 6;              // tokens of a tile of `add_columns`
+  static constexpr int64_t AHEAD = 4096;                           // bytes of gate, and of up, that are asked for early
 
   static const T* weights(const void* p) { return static_cast<const T*>(p); }
 
   // --- activate ---------------------------------------------------------------------------------------------------
+
+  // How many rows of gate, and of up, are asked for before they are used: a tile's, or more where rows are short.
+  static int64_t rows_ahead(const Block& block) {
+    const int64_t rows = AHEAD / (block.H * static_cast<int64_t>(sizeof(T))) / ROWS * ROWS;
+    return rows < ROWS ? ROWS : rows > block.B / 2 ? block.B / 2 : rows;
+  }
 
   // R atoms' gate and up for M tokens, over one step.  Each sum takes the parts of a row in the same order.
   template <int M, int R, bool REST, int P>
@@ -104,12 +111,17 @@ struct Steps {
     const T* x[M];
     for (int m = 0; m < M; ++m) x[m] = static_cast<const T*>(block.inputs[token + m]);
     float gates[M * ATOMS], ups[M * ATOMS];
-    const int64_t H = block.H;
+    const int64_t H = block.H, ahead = FETCH ? rows_ahead(block) : 0;
     for (int64_t a = 0; a < ATOMS; a += R) {
       const T* gate = weights(block.gate) + (atom + a) * H;
       const T* up = weights(block.up) + (atom + a) * H;
-      const bool last = atom + a + R >= block.B;  // then the first rows of `down` come next
-      dot_tile<M, R, FETCH>(x, gate, up, H, last ? weights(block.down) : gate + R * H, last ? weights(block.down) + R * H : up + R * H, gates + a, ups + a);
+      const int64_t past = atom + a + ahead - block.B;  // 0 and more: the first rows of `down` come next
+      const T *next_gate = gate + ahead * H, *next_up = up + ahead * H;
+      if (past >= 0) {
+        next_gate = weights(block.down) + 2 * past * H;
+        next_up = next_gate + R * H;
+      }
+      dot_tile<M, R, FETCH>(x, gate, up, H, next_gate, next_up, gates + a, ups + a);
     }
     for (int m = 0; m < M; ++m) {
       Act* act = static_cast<Act*>(block.act) + (token + m) * block.act_stride + atom;
@@ -156,7 +168,7 @@ struct Steps {
   }
 
   template <int M, int G, bool FIRST, bool FETCH>
-  static void row_tile(const Act* const* act, const T* row, int64_t H, float* const* sums) {
+  static void row_tile(const Act* const* act, const T* row, int64_t H, float* const* sums, const T* next) {
     Vec acts[G / Ops::ATOM_STEP][M];
     for (int g = 0; g < G; g += Ops::ATOM_STEP) {
       for (int m = 0; m < M; ++m) acts[g / Ops::ATOM_STEP][m] = Ops::spread(act[m] + g);
@@ -165,7 +177,7 @@ struct Steps {
     for (; h + UNROLLED <= H; h += UNROLLED) {
       if constexpr (FETCH) {
         for (int g = 0; g < G; ++g) {
-          for (int i = 0; i < UNROLLED; i += LINE) __builtin_prefetch(row + (G + g) * H + h + i, 0, 2);
+          for (int i = 0; i < UNROLLED; i += LINE) __builtin_prefetch(next + g * H + h + i, 0, 2);
         }
       }
       for (int i = 0; i < UNROLLED; i += STEP) row_step<M, G, FIRST, false>(acts, row, H, sums, h + i);
@@ -176,21 +188,31 @@ struct Steps {
     }
   }
 
+  // The rows that come `number` rows behind the first of `down`: of it, or the first of the next block's gate and up.
+  static const T* find_next(const Block& block, int64_t number, int64_t count) {
+    if (number + count <= block.B) return weights(block.down) + number * block.H;
+    const int64_t past = number - block.B, ahead = rows_ahead(block);
+    if (block.next == nullptr || past < 0 || past >= 2 * ahead) return nullptr;
+    return weights(block.next) + (past < ahead ? past : past - ahead + block.B) * block.H;
+  }
+
   template <int M>
   static void add_rows_tile(const Block& block, int64_t token, int64_t atom, int64_t atoms, float* sums, int64_t stride) {
     constexpr int G = group_for(M);
+    const int64_t ahead = 2 * rows_ahead(block) > G ? 2 * rows_ahead(block) : G;
     const Act* acts[M];
     float* rows[M];
     for (int m = 0; m < M; ++m) rows[m] = sums + (token + m) * stride;
     for (int64_t a = atom; a < atom + atoms; a += G) {
       for (int m = 0; m < M; ++m) acts[m] = static_cast<const Act*>(block.act) + (token + m) * block.act_stride + a;
       const T* row = weights(block.down) + a * block.H;
+      const T* next = find_next(block, a + ahead, G);
       if (a == 0) {
-        row_tile<M, G, true, true>(acts, row, block.H, rows);
-      } else if (token == 0 && a + G < block.B) {
-        row_tile<M, G, false, true>(acts, row, block.H, rows);
+        row_tile<M, G, true, true>(acts, row, block.H, rows, next == nullptr ? row : next);
+      } else if (token == 0 && next != nullptr) {
+        row_tile<M, G, false, true>(acts, row, block.H, rows, next);
       } else {
-        row_tile<M, G, false, false>(acts, row, block.H, rows);
+        row_tile<M, G, false, false>(acts, row, block.H, rows, nullptr);
       }
     }
   }
