@@ -104,6 +104,7 @@ class Context:
             heads=weights.kv_heads,
             head_size=size,
             rotated=weights.angles.shape[1],
+            positions=weights.angles.shape[0],
             neox=weights.neox,
             eps=weights.eps,
             product=ctypes.cast(product, ctypes.c_void_p).value,
@@ -116,17 +117,18 @@ class Context:
 
         Args:
             states: [T, S · D] bf16 contiguous, the target's taps side by side.
-            positions: [T] int64 contiguous.
+            positions: [T] int64 contiguous; one that `angles` does not have counts as the last that it has.
 
         Raises:
-            ValueError: a dtype or stride is not as above.
+            ValueError: a dtype, shape or stride is not as above.
             MemoryError: no room for the rows of some hundred states.
         """
-        good = states.dtype == torch.bfloat16 and positions.dtype == torch.int64
-        if not (good and states.is_contiguous() and positions.is_contiguous()):
-            raise ValueError(f"context: expected contiguous bfloat16 and int64, got {states.dtype}, {positions.dtype}")
         layers, heads, size = self._shape
-        rows = len(positions)
+        rows, width = len(positions), self._weights.fc.shape[1]
+        good = states.dtype == torch.bfloat16 and positions.dtype == torch.int64 and states.shape == (rows, width)
+        if not (good and states.is_contiguous() and positions.is_contiguous()):
+            got = f"{states.dtype} {list(states.shape)} and {positions.dtype} {list(positions.shape)}"
+            raise ValueError(f"context: expected bfloat16 [T, {width}] and int64 [T], contiguous, got {got}")
         keys = states.new_empty((layers, rows, heads, size))
         values = torch.empty_like(keys)
         status = self._library(
@@ -167,7 +169,7 @@ def context_reference(
     kv = F.linear(norm(context, weights.context_norm).float(), weights.kv.float(), bias).bfloat16()
     keys, values = kv.view(rows, layers, 2, weights.kv_heads, size).permute(2, 1, 0, 3, 4)
     keys = norm(keys, weights.key_norms[:, None, None])
-    angles = weights.angles[positions].float()
+    angles = weights.angles[positions.clamp(0, len(weights.angles) - 1)].float()
     cosine, sine = angles[None, :, None].chunk(2, -1)
     turned, rest = keys.float().tensor_split([angles.shape[1]], -1)
     one, other = turned.chunk(2, -1) if weights.neox else (turned[..., ::2], turned[..., 1::2])
@@ -180,7 +182,9 @@ class _Drafter(ctypes.Structure):
     """`Drafter` of context.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("taps", "tap_size", "hidden", "layers", "heads", "head_size", "rotated")),
+        *((name, ctypes.c_int64) for name in ("taps", "tap_size", "hidden", "layers", "heads", "head_size")),
+        ("rotated", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
         ("neox", ctypes.c_int32),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in (*NORMS, *MATRICES, "product")),

@@ -29,6 +29,12 @@ from laguna_serve.plugins.drafting.rows import Accepted, Queries, find_kept, pla
 class CPUDFlashProposer(DFlashProposer):  # type: ignore[misc]
     """A DFlash drafter whose rows are counted on the CPU."""
 
+    def load_model(self, target_model: Any) -> None:
+        """Load the drafter, and prepare what its steps compute."""
+        super().load_model(target_model)
+        if hasattr(self.model, "prepare_context"):
+            self.model.prepare_context()
+
     def draft(
         self,
         width: int,

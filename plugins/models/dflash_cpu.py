@@ -108,7 +108,9 @@ def store_context(
         context_slot_mapping: [T], or one for each layer, None for those that write nothing; None for a trial.
     """
     keys, values = project_context(self, context_states)
-    angles = self._rope_cos_sin_cache.index_select(0, context_positions)
+    # A drafter may know fewer positions than its target, whose rows behind them are stored all the same.
+    known = context_positions.clamp(0, len(self._rope_cos_sin_cache) - 1)
+    angles = self._rope_cos_sin_cache.index_select(0, known)
     keys = finish_keys(keys, self._key_norms, self._rms_norm_eps, angles, neox=self._rope_is_neox)
     if context_slot_mapping is not None:
         write_context(self, keys, values, context_slot_mapping)
@@ -161,10 +163,16 @@ class StoresTaps:
 
     @cached_property
     def _context(self) -> Context | None:
+        if not hasattr(self.model, "_num_attn_layers"):  # a loader that does not go by load_weights
+            self.model._build_fused_kv_buffers()
         context = find_context(self.model)
         if context is None:
             prepare()
         return context
+
+    def prepare_context(self) -> None:
+        """Build or compile what makes the context, so that no request waits for it."""
+        _ = self._context
 
     def precompute_and_store_context_kv(
         self, context_states: torch.Tensor, context_positions: torch.Tensor, context_slot_mapping: Any = None

@@ -17,9 +17,13 @@ from pathlib import Path
 
 TUNABLES, HUGETLB = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 # Asks for transparent huge pages; 2 would take those that an administrator has set apart.
-TRANSPARENT = "1"
+TRANSPARENT = f"{HUGETLB}=1"
 FIRST_GLIBC = (2, 35)
-POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+FOLDER = Path("/sys/kernel/mm/transparent_hugepage")
+# glibc rounds every growth of the heap up to a huge page; on ARM with pages of 64 KiB one has 512 MiB.
+SIZE_BYTES = 2 << 20
+# Among what is preloaded, another allocator than glibc's.
+ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 
 
 def plan_huge_pages(base: Mapping[str, str]) -> dict[str, str]:
@@ -27,17 +31,17 @@ def plan_huge_pages(base: Mapping[str, str]) -> dict[str, str]:
     tunables = base.get(TUNABLES, "")
     if HUGETLB in tunables or read_policy() in {None, "never"} or read_glibc() < FIRST_GLIBC:
         return {}
-    ours = f"{HUGETLB}={TRANSPARENT}"
-    return {TUNABLES: f"{tunables}:{ours}" if tunables else ours}
+    return {TUNABLES: f"{tunables}:{TRANSPARENT}" if tunables else TRANSPARENT}
 
 
 def read_policy() -> str | None:
-    """Read to whom Linux gives huge pages: ``always``, ``madvise`` (who asks) or ``never``; None where it has none."""
+    """Read to whom Linux gives pages of 2 MiB: ``always``, ``madvise`` (who asks) or ``never``; None without them."""
     try:
-        chosen = re.search(r"\[(\w+)\]", POLICY.read_text(encoding="utf-8"))
-    except OSError:
+        chosen = re.search(r"\[(\w+)\]", (FOLDER / "enabled").read_text(encoding="utf-8"))
+        size = int((FOLDER / "hpage_pmd_size").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return chosen[1] if chosen else None
+    return chosen[1] if chosen and size == SIZE_BYTES else None
 
 
 def read_glibc() -> tuple[int, ...]:
@@ -51,11 +55,18 @@ def read_glibc() -> tuple[int, ...]:
 
 def describe_huge_pages(environment: Mapping[str, str]) -> str:
     """Describe the pages that an engine of this environment gets, and what to do where it gets small ones."""
-    policy = read_policy()
-    if policy == "always" or (policy == "madvise" and f"{HUGETLB}={TRANSPARENT}" in environment.get(TUNABLES, "")):
+    policy, small = read_policy(), f"{os.sysconf('SC_PAGE_SIZE') >> 10} KiB"
+    tunables = environment.get(TUNABLES, "")
+    if policy == "always":
         return "2 MiB where they fit"
     if policy == "never":
-        return f"4 KiB: {POLICY} says never; with madvise there, large models decode a few per cent faster"
-    if policy == "madvise" and HUGETLB not in environment.get(TUNABLES, ""):
-        return "4 KiB: huge pages are asked for through glibc 2.35 or later"
-    return "4 KiB"
+        return (
+            f"{small}: {FOLDER / 'enabled'} says never; with madvise there, large models decode a few per cent faster"
+        )
+    if policy is None:
+        return small
+    if any(name in environment.get("LD_PRELOAD", "") for name in ALLOCATORS):
+        return "as the allocator in LD_PRELOAD asks for them"
+    if TRANSPARENT in tunables:
+        return "2 MiB where they fit"
+    return f"as {TUNABLES} says" if HUGETLB in tunables else f"{small}: glibc 2.35 or later would ask for huge ones"

@@ -118,6 +118,33 @@ def test_new_values_in_place_are_read() -> None:
         assert_close(found, right)
 
 
+@pytest.mark.parametrize(
+    ("states", "positions"),
+    [
+        (torch.zeros(3, 640), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(3, 640).bfloat16(), torch.zeros(3, dtype=torch.int32)),
+        (torch.zeros(3, 160).bfloat16(), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(2, 640).bfloat16(), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(640, 3).bfloat16().T, torch.zeros(3, dtype=torch.int64)),
+    ],
+)
+def test_other_rows_are_refused(states: torch.Tensor, positions: torch.Tensor) -> None:
+    context = make_context(LAGUNA)
+    assert context is not None
+    with pytest.raises(ValueError, match=r"expected bfloat16 \[T, 640\] and int64 \[T\], contiguous, got torch"):
+        context.make(states, positions)
+
+
+def test_positions_that_a_drafter_does_not_know_count_as_its_last() -> None:
+    context = make_context(LAGUNA)
+    assert context is not None
+    states, _ = make_states(LAGUNA, 4)
+    last = len(LAGUNA.angles) - 1
+    beyond = context.make(states, torch.tensor([last, last + 1, 30_000_000, -1]))
+    known = context.make(states, torch.tensor([last, last, last, 0]))
+    assert all(torch.equal(one, other) for one, other in zip(beyond, known, strict=True))
+
+
 def test_no_rows() -> None:
     context = make_context(LAGUNA)
     assert context is not None

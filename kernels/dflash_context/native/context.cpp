@@ -51,7 +51,7 @@ void normalize(const uint16_t* x, const float* weight, int64_t size, float eps, 
 
 // `_Drafter` of launch.py.
 struct Drafter {
-  int64_t taps, tap_size, hidden, layers, heads, head_size, rotated;
+  int64_t taps, tap_size, hidden, layers, heads, head_size, rotated, positions;
   int32_t neox;
   float eps;
   const float* tap_norms;     // [taps, tap_size], or null: none
@@ -67,7 +67,8 @@ struct Drafter {
 
 enum Status { OK = 0, NO_MEMORY = 1 };
 
-// states [rows, taps · tap_size], positions [rows] → keys and values, each [layers, rows, heads, head_size].
+// states [rows, taps · tap_size], positions [rows] → keys and values, each [layers, rows, heads, head_size].  A position
+// behind the last of `angles` is rotated as that.
 extern "C" __attribute__((visibility("default"))) int dflash_context(const Drafter* drafter, int64_t rows, const uint16_t* states, const int64_t* positions, uint16_t* keys, uint16_t* values, int threads) {
   const Drafter& d = *drafter;
   const int64_t width = d.taps * d.tap_size, each = d.heads * d.head_size, both = d.layers * 2 * each, half = d.rotated / 2;
@@ -89,6 +90,7 @@ extern "C" __attribute__((visibility("default"))) int dflash_context(const Draft
       input = normed;
     }
     if (d.product(count, d.hidden, width, input, width, d.fc, width, nullptr, context, threads) != 0) return NO_MEMORY;
+#pragma omp parallel for num_threads(threads) if (count > 8)
     for (int64_t row = 0; row < count; ++row) {
       uint16_t* x = context + row * d.hidden;
       if (d.hidden_norm != nullptr) normalize(x, d.hidden_norm, d.hidden, d.eps, x);
@@ -97,7 +99,8 @@ extern "C" __attribute__((visibility("default"))) int dflash_context(const Draft
     if (d.product(count, both, d.hidden, context, d.hidden, d.kv, d.hidden, d.kv_bias, kv, threads) != 0) return NO_MEMORY;
 #pragma omp parallel for num_threads(threads) if (count > 8)
     for (int64_t row = 0; row < count; ++row) {
-      const uint16_t *cosines = d.angles + positions[first + row] * d.rotated, *sines = cosines + half;
+      const int64_t position = std::max<int64_t>(0, std::min(positions[first + row], d.positions - 1));
+      const uint16_t *cosines = d.angles + position * d.rotated, *sines = cosines + half;
       for (int64_t layer = 0; layer < d.layers; ++layer) {
         const uint16_t* own = kv + row * both + layer * 2 * each;
         const int64_t to = (layer * rows + first + row) * each;

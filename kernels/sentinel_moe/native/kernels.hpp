@@ -47,14 +47,20 @@ struct Steps {
   static constexpr int COLUMN_TOKENS = MANY ? 12 : 6;              // tokens of a tile of `add_columns`
   static constexpr int64_t AHEAD = 4096;                           // bytes of gate, and of up, that are asked for early
 
+  // Rows that are asked for, in two halves.
+  struct Rows {
+    const T *first, *second;  // null: nothing comes
+  };
+
   static const T* weights(const void* p) { return static_cast<const T*>(p); }
 
   // --- activate ---------------------------------------------------------------------------------------------------
 
-  // How many rows of gate, and of up, are asked for before they are used: a tile's, or more where rows are short.
+  // How many rows of gate, and of up, are asked for before they are used: a tile's, or, where rows are short, as many
+  // groups of four as fit AHEAD.
   static int64_t rows_ahead(const Block& block) {
-    const int64_t rows = AHEAD / (block.H * static_cast<int64_t>(sizeof(T))) / ROWS * ROWS;
-    return rows < ROWS ? ROWS : rows > block.B / 2 ? block.B / 2 : rows;
+    const int64_t rows = AHEAD / (block.H * static_cast<int64_t>(sizeof(T))) / 4 * 4;
+    return rows < 4 ? ROWS : rows > block.B / 2 ? block.B / 2 : rows;
   }
 
   // R atoms' gate and up for M tokens, over one step.  Each sum takes the parts of a row in the same order.
@@ -168,7 +174,7 @@ struct Steps {
   }
 
   template <int M, int G, bool FIRST, bool FETCH>
-  static void row_tile(const Act* const* act, const T* row, int64_t H, float* const* sums, const T* next) {
+  static void row_tile(const Act* const* act, const T* row, int64_t H, float* const* sums, Rows next) {
     Vec acts[G / Ops::ATOM_STEP][M];
     for (int g = 0; g < G; g += Ops::ATOM_STEP) {
       for (int m = 0; m < M; ++m) acts[g / Ops::ATOM_STEP][m] = Ops::spread(act[m] + g);
@@ -177,7 +183,8 @@ struct Steps {
     for (; h + UNROLLED <= H; h += UNROLLED) {
       if constexpr (FETCH) {
         for (int g = 0; g < G; ++g) {
-          for (int i = 0; i < UNROLLED; i += LINE) __builtin_prefetch(next + g * H + h + i, 0, 2);
+          const T* asked = g < G / 2 ? next.first + g * H : next.second + (g - G / 2) * H;
+          for (int i = 0; i < UNROLLED; i += LINE) __builtin_prefetch(asked + h + i, 0, 2);
         }
       }
       for (int i = 0; i < UNROLLED; i += STEP) row_step<M, G, FIRST, false>(acts, row, H, sums, h + i);
@@ -188,12 +195,17 @@ struct Steps {
     }
   }
 
-  // The rows that come `number` rows behind the first of `down`: of it, or the first of the next block's gate and up.
-  static const T* find_next(const Block& block, int64_t number, int64_t count) {
-    if (number + count <= block.B) return weights(block.down) + number * block.H;
-    const int64_t past = number - block.B, ahead = rows_ahead(block);
-    if (block.next == nullptr || past < 0 || past >= 2 * ahead) return nullptr;
-    return weights(block.next) + (past < ahead ? past : past - ahead + block.B) * block.H;
+  // The rows that come `number` rows behind the first of `down`: of it, or of the next block's gate and up.
+  template <int G>
+  static Rows find_next(const Block& block, int64_t number) {
+    if (number + G <= block.B) {
+      const T* row = weights(block.down) + number * block.H;
+      return {row, row + G / 2 * block.H};
+    }
+    const int64_t past = (number - block.B) / 2;
+    if (block.next == nullptr || number < block.B || past >= rows_ahead(block)) return {nullptr, nullptr};
+    const T* row = weights(block.next) + past * block.H;
+    return {row, row + block.B * block.H};
   }
 
   template <int M>
@@ -206,13 +218,13 @@ struct Steps {
     for (int64_t a = atom; a < atom + atoms; a += G) {
       for (int m = 0; m < M; ++m) acts[m] = static_cast<const Act*>(block.act) + (token + m) * block.act_stride + a;
       const T* row = weights(block.down) + a * block.H;
-      const T* next = find_next(block, a + ahead, G);
+      const Rows next = find_next<G>(block, a + ahead);
       if (a == 0) {
-        row_tile<M, G, true, true>(acts, row, block.H, rows, next == nullptr ? row : next);
-      } else if (token == 0 && next != nullptr) {
+        row_tile<M, G, true, true>(acts, row, block.H, rows, next.first == nullptr ? Rows{row, row} : next);
+      } else if (token == 0 && next.first != nullptr) {
         row_tile<M, G, false, true>(acts, row, block.H, rows, next);
       } else {
-        row_tile<M, G, false, false>(acts, row, block.H, rows, nullptr);
+        row_tile<M, G, false, false>(acts, row, block.H, rows, next);
       }
     }
   }

@@ -26,7 +26,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine whose policy is in the file, with a glibc that has the variable."""
     policy = tmp_path / "enabled"
     policy.write_text("always [madvise] never\n")
-    monkeypatch.setattr(huge_pages, "POLICY", policy)
+    (tmp_path / "hpage_pmd_size").write_text("2097152\n")
+    monkeypatch.setattr(huge_pages, "FOLDER", tmp_path)
+    monkeypatch.setattr(os, "sysconf", lambda _name: 4096)
     monkeypatch.setattr(huge_pages, "read_glibc", lambda: (2, 35))
     return policy
 
@@ -73,7 +75,25 @@ def test_what_linux_gives(policy: str | None, planned: dict[str, str], described
 def test_a_library_without_the_variable(version: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "read_glibc", lambda: version)
     assert plan_huge_pages({}) == {}
-    assert describe_huge_pages({}) == "4 KiB: huge pages are asked for through glibc 2.35 or later"
+    assert describe_huge_pages({}) == "4 KiB: glibc 2.35 or later would ask for huge ones"
+
+
+def test_pages_of_half_a_gibibyte_are_not_asked_for(machine: Path) -> None:
+    machine.with_name("hpage_pmd_size").write_text(str(512 << 20))
+    assert plan_huge_pages({}) == {}
+    assert describe_huge_pages({}) == "4 KiB"
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    ("environment", "described"),
+    [
+        (OURS | {"LD_PRELOAD": "/usr/lib/libtcmalloc_minimal.so.4"}, "as the allocator in LD_PRELOAD asks for them"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=2"}, "as GLIBC_TUNABLES says"),
+    ],
+)
+def test_what_another_asks_for(environment: dict[str, str], described: str) -> None:
+    assert describe_huge_pages(environment) == described
 
 
 def test_no_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
