@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +130,29 @@ def test_context_of_a_drafter_is_multiplied_as_linear_layers_are(ours: bool, mon
     for one, other in (*zip(found, expected, strict=True), *zip(own, theirs, strict=True)):
         assert one.shape == other.shape == (2, 5, 1, 8)
         torch.testing.assert_close(one, other, rtol=2e-2, atol=4e-2)
+
+
+def test_rows_at_positions_that_a_drafter_does_not_know_are_stored_as_at_its_last() -> None:
+    from laguna_serve.plugins.models import dflash_cpu
+
+    model, stored = make_projection(), list[Any]()
+    dflash_cpu.keep_product(model, model._fused_kv_weight)
+    writer = SimpleNamespace(do_kv_cache_update=lambda *args: stored.append(args))
+    attention = SimpleNamespace(impl=writer, kv_cache=None)
+    for name, value in {
+        "_context_norm_weight": model._hidden_norm_weight,
+        "_key_norms": torch.ones(2, 8),
+        "_rope_cos_sin_cache": torch.rand(4, 8).bfloat16(),
+        "_rope_is_neox": True,
+        "_attn_layers": [attention, attention],
+        "layers": [SimpleNamespace(self_attn=None)],
+    }.items():
+        setattr(model, name, value)
+    states, slots = torch.randn(1, 32).bfloat16(), torch.zeros(1, dtype=torch.int64)
+    for position in (3, 4, 300_000):
+        dflash_cpu.store_context(model, states, torch.tensor([position]), slots)
+    keys = [keys for _, keys, *_ in stored]
+    assert all(torch.equal(key, keys[layer % 2]) for layer, key in enumerate(keys))
 
 
 def test_a_new_matrix_of_a_context_takes_the_place_of_the_old() -> None:
