@@ -179,7 +179,7 @@ def context_reference(
 
 
 class _Drafter(ctypes.Structure):
-    """`Drafter` of context.cpp."""
+    """The weights as context.cpp reads them, its `Drafter`."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("taps", "tap_size", "hidden", "layers", "heads", "head_size")),

@@ -23,7 +23,7 @@ class Compiled:
         self._run: Callable[..., None] | None = None
 
     def __call__(self, *args: Any) -> None:
-        """Run it."""
+        """Run it, compiled if it is not yet."""
         (self._run or self.prepare())(*args)
 
     def prepare(self) -> Callable[..., None]:

@@ -30,7 +30,7 @@ def store_taps(model: Any, taps: torch.Tensor, positions: torch.Tensor, slots: t
 
 
 def prepare() -> None:
-    """Compile the arithmetic."""
+    """Compile the arithmetic, so that no step waits for it."""
     _normalize.prepare()
     _finish.prepare()
 

@@ -44,10 +44,9 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSamp
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from laguna_serve.plugins.repairs.token_logprobs import gather
-from laguna_serve.plugins.repairs.verification import verify_drawn, verify_likeliest
+from laguna_serve.plugins.repairs.verification import parse_output, verify_drawn, verify_likeliest
 
 stock_build = processors.build_logitsprocs
-stock_parse = RejectionSampler.parse_output
 
 
 class BonusMinTokens(processors.MinTokensLogitsProcessor):  # type: ignore[misc]
@@ -165,27 +164,6 @@ def forward(
         )
         logprobs = _gather_logprobs(self, rows, tokens, metadata, sampling_metadata)
     return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
-
-
-def parse_output(
-    output_token_ids: torch.Tensor,
-    vocab_size: int,
-    discard_req_indices: Sequence[int] = (),
-    logprobs_tensors: LogprobsTensors | None = None,
-) -> tuple[list[list[int]], Any]:
-    """`RejectionSampler.parse_output`: each request's tokens, none of those to discard; and their log-probabilities.
-
-    Without these it is done on lists, as NumPy takes a few rows ten times as long.
-    """
-    if logprobs_tensors is not None:
-        parsed: tuple[list[list[int]], Any] = stock_parse(
-            output_token_ids, vocab_size, discard_req_indices, logprobs_tensors
-        )
-        return parsed
-    rows = [[token for token in row if 0 <= token < vocab_size] for row in output_token_ids.tolist()]
-    for index in discard_req_indices:
-        rows[index] = []
-    return rows, None
 
 
 def _asks_nothing_else(sampling_metadata: SamplingMetadata) -> bool:

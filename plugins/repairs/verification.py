@@ -15,12 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 
+stock_parse = RejectionSampler.parse_output
 # Behind a request's last token.
 NO_TOKEN = -1
 
@@ -79,6 +83,27 @@ def verify_drawn(
         token = draw(cumulated, random[len(drafted) + request])
         tokens.append([*given[begin:end], token] + [NO_TOKEN] * (width - 1 - (end - begin)))
     return torch.tensor(tokens, dtype=torch.int32)
+
+
+def parse_output(
+    output_token_ids: torch.Tensor,
+    vocab_size: int,
+    discard_req_indices: Sequence[int] = (),
+    logprobs_tensors: LogprobsTensors | None = None,
+) -> tuple[list[list[int]], Any]:
+    """`RejectionSampler.parse_output`: each request's tokens, none of those to discard; and their log-probabilities.
+
+    Without these it is done on lists, as NumPy takes a few rows ten times as long.
+    """
+    if logprobs_tensors is not None:
+        parsed: tuple[list[list[int]], Any] = stock_parse(
+            output_token_ids, vocab_size, discard_req_indices, logprobs_tensors
+        )
+        return parsed
+    rows = [[token for token in row if 0 <= token < vocab_size] for row in output_token_ids.tolist()]
+    for index in discard_req_indices:
+        rows[index] = []
+    return rows, None
 
 
 def draw(cumulated: npt.NDArray[np.float64], random: float) -> int:

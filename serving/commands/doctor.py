@@ -23,6 +23,7 @@ import msgspec
 from laguna_serve.kernels.isa import multiplies_bf16
 from laguna_serve.serving.checkpoint.diffusion import find_diffusion
 from laguna_serve.serving.commands.model_options import ModelOptions, make_engine_config, read_model_flags
+from laguna_serve.serving.commands.probe_report import ProbeReport
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result
 from laguna_serve.serving.kit.environment import EnvironmentDevice, describe_device
 from laguna_serve.serving.kit.errors import CommandError
@@ -63,50 +64,6 @@ class InstallProblem(msgspec.Struct, frozen=True):
 
     what: str
     remedy: str
-
-
-class EntryPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Our entry point in vLLM's group of plugins.
-
-    Attributes:
-        found: it is installed.
-        allowed_plugins: $VLLM_PLUGINS, and `allowed`: it lets ours in.
-        error: of importing it.
-    """
-
-    found: bool
-    value: str | None
-    allowed_plugins: str | None
-    allowed: bool
-    error: str | None
-
-
-class Architecture(msgspec.Struct, frozen=True, kw_only=True):
-    """Which class should serve an architecture, and which does: "module:Class", or "vllm" for any of vLLM's own."""
-
-    expected: str
-    actual: str | None
-    error: str | None
-
-
-class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process that vLLM starts sees (probe.py).
-
-    Attributes:
-        checked_vllm: the first and last version that ours is for.
-        cpu_kernels: the instructions that the experts' kernels use on this CPU; None on a GPU.
-    """
-
-    python: str
-    executable: str
-    versions: dict[str, str | None]
-    checked_vllm: tuple[str, str] | None
-    vllm_error: str | None
-    platform: str | None
-    entry_point: EntryPoint
-    register_error: str | None
-    architectures: dict[str, Architecture]
-    cpu_kernels: str | None = None
 
 
 class DoctorResult(ProbeReport, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.doctor/1"):

@@ -119,7 +119,7 @@ def test_stock_sampling_beside_a_draft_is_not() -> None:
 
 
 def test_parsed_tokens_are_stock_vllms() -> None:
-    from laguna_serve.plugins.repairs.drafted_sampling import parse_output, stock_parse
+    from laguna_serve.plugins.repairs.verification import parse_output, stock_parse
 
     torch.manual_seed(0)
     for batch, width in ((1, 8), (5, 4), (3, 1)):
