@@ -32,7 +32,7 @@ def store_taps(model: Any, taps: torch.Tensor, positions: torch.Tensor, slots: t
 def prepare() -> None:
     """Compile the arithmetic, so that no step waits for it."""
     _normalize.prepare()
-    _finish.prepare()
+    _rotate.prepare()
 
 
 def normalize_slices(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
@@ -55,7 +55,9 @@ def finish_keys(
         neox: whether a dimension is rotated with the one half of `rotated` further, or else with its neighbour.
     """
     rows = keys.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    _finish(rows.numpy(), weights.numpy(), eps, angles.to(torch.float32).contiguous().numpy(), neox)
+    for layer, weight in zip(rows.numpy(), weights.numpy(), strict=True):
+        _normalize(layer.reshape(-1, layer.shape[-1]), weight[None], eps)
+    _rotate(rows.numpy(), angles.to(torch.float32).contiguous().numpy(), neox)
     return rows.to(keys.dtype)
 
 
@@ -73,21 +75,14 @@ def _normalize(rows: Floats, weights: Floats, eps: float) -> None:
                 x[i] = x[i] * scale * weight[i]
 
 
-@compiled("float32[:, :, :, ::1]", "float32[:, ::1]", "float64", "float32[:, ::1]", "boolean")
-def _finish(keys: npt.NDArray[np.float32], weights: Floats, eps: float, angles: Floats, neox: bool) -> None:
-    layers, rows, heads, size = keys.shape
+@compiled("float32[:, :, :, ::1]", "float32[:, ::1]", "boolean")
+def _rotate(keys: npt.NDArray[np.float32], angles: Floats, neox: bool) -> None:
+    layers, rows, heads, _ = keys.shape
     half = angles.shape[1] // 2
     for layer in range(layers):
-        weight = weights[layer]
         for row in range(rows):
             for head in range(heads):
                 x = keys[layer, row, head]
-                total = np.float32(0)
-                for i in range(size):
-                    total += x[i] * x[i]
-                scale = np.float32(1 / np.sqrt(total / size + eps))
-                for i in range(size):
-                    x[i] = x[i] * scale * weight[i]
                 for i in range(half):
                     a, b = (i, i + half) if neox else (2 * i, 2 * i + 1)
                     cosine, sine, first, second = angles[row, i], angles[row, half + i], x[a], x[b]
