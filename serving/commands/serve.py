@@ -97,7 +97,7 @@ class ServeConfig(ModelOptions):
         bool,
         Flag(
             "kernels under which greedy output depends on the prompt alone, not on batching or speculation; checked at"
-            " the start, and refused where the engine has none (costs and limits: docs/speculation.md)"
+            " the start, and refused where the engine has none (costs and limits: docs/lossless.md)"
         ),
     ] = False
     weight_updates: Annotated[
