@@ -10,22 +10,31 @@ import contextlib
 import importlib
 import io
 import json
+import mmap
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
+from laguna_serve.plugins.adaptive.counters import SIZE, CounterCollector, Counters
 from laguna_serve.serving import cli
 from laguna_serve.serving.gateway.access.keyring import Keyring
 from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config import Config
+from laguna_serve.serving.gateway.relay.shadow import register_outcomes
+from laguna_serve.serving.gateway.residence.model import OwnedModel, State, Terms
+from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, merge
 from laguna_serve.serving.gateway.telemetry.keys import KeyMetrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
+from laguna_serve.serving.gateway.telemetry.owned import OwnedMetrics
+from laguna_serve.serving.gateway.traces.recorder import TraceRecorder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, read_flags
@@ -165,17 +174,42 @@ def write_configuration() -> str:
 
 
 def write_metrics() -> str:
-    """Write a table of what /metrics has of the gateway's own."""
-    families = [*Metrics().collect(), *KeyMetrics(Keyring(Ledger())).collect()]
-    rows = [f"| `{family.name}` | {family.type} | {_cell(family.documentation)} |" for family in families]
+    """Write tables of what /metrics has of the gateway's own, and of the engines' what is ours or used by ours."""
     text = (
         "What `/metrics` of the gateway has of its own, beside `laguna_gateway_process_*`; the engines' own metrics"
-        " follow, with the labels `model` and `upstream`. A counter's samples end in `_total`."
+        " follow, with the labels `model` and `upstream`. A counter's samples end in `_total`. Those of models"
+        " (`laguna_gateway_model_*`) are there where the gateway has engines of its own."
     )
-    engines = [f"| `{name}` | gauge | {about} |" for name, about in ENGINE_METRICS.items()]
     head = ["", "| metric | type | what |", "|--|--|--|"]
+    ours = "What our plugins add to an engine's, with `--gamma adaptive` on a CPU:"
     deploy = "Of the engines' own, the dashboard and the alert rules in `serving/deploy` use these:"
-    return "\n".join(["# Metrics", "", text, *head, *rows, "", deploy, *head, *engines]) + "\n"
+    engines = [f"| `{name}` | gauge | {about} |" for name, about in ENGINE_METRICS.items()]
+    parts = [text, *head, *_list_rows(collect_gateway()), "", ours, *head, *_list_rows(collect_engine())]
+    return "\n".join(["# Metrics", "", *parts, "", deploy, *head, *engines]) + "\n"
+
+
+def collect_gateway() -> Iterator[Metric]:
+    """Yield the families of every collector of a gateway's, and what it works out of its engines' counters."""
+    metrics = Metrics()
+    registry = metrics.registry
+    registry.register(KeyMetrics(Keyring(Ledger())))
+    registry.register(OwnedMetrics({"model": OwnedModel("model", Terms())}, [state.value for state in State]))
+    TraceRecorder(None, registry)
+    register_outcomes(registry)
+    yield from (family for family in registry.collect() if not family.name.startswith("laguna_gateway_process_"))
+    merged = merge({("model", "engine"): f"{DRAFTS} 1\n{ACCEPTED} 1\n"})
+    for family in text_string_to_metric_families(merged):
+        if family.name.startswith("laguna_gateway_"):
+            yield family
+
+
+def collect_engine() -> Iterator[Metric]:
+    """Yield the families that our plugins add to an engine's."""
+    yield from CounterCollector(Counters(mmap.mmap(-1, SIZE))).collect()
+
+
+def _list_rows(families: Iterable[Metric]) -> list[str]:
+    return [f"| `{family.name}` | {family.type} | {_cell(family.documentation)} |" for family in families]
 
 
 def list_schemas() -> Iterator[tuple[str, JsonObject]]:

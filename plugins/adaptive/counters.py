@@ -83,9 +83,9 @@ class CounterCollector:
         from prometheus_client.core import CounterMetricFamily
 
         steps = CounterMetricFamily(
-            "laguna:gamma_steps", "Decode steps by drafted tokens per request.", labels=["drafted"]
+            "laguna:gamma_steps", "Steps that read no prompt, by drafted tokens per request.", labels=["drafted"]
         )
-        seconds = CounterMetricFamily("laguna:gamma_seconds", "Time of these steps.", labels=["drafted"])
+        seconds = CounterMetricFamily("laguna:gamma_seconds", "Seconds in these steps.", labels=["drafted"])
         for drafted, count, total in self._counters.read():
             steps.add_metric([str(drafted)], count)
             seconds.add_metric([str(drafted)], total)

@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Group(ConfigTable):
-    """Memory that engines share; without a size what was free when the gateway started."""
+    """Memory that engines share; without a size nine tenths of what was free when the gateway started."""
 
     name: Name
     memory_gib: Gib | None = None

@@ -38,6 +38,12 @@ class _Sampling(msgspec.Struct):
     n: int | None = None
 
 
+def register_outcomes(registry: CollectorRegistry) -> Counter:
+    """Register the count of copies by model, shadow and outcome."""
+    name, help_text = "laguna_gateway_shadow_requests", "Copies by outcome: equal, different, failed, left_out."
+    return Counter(name, help_text, ("model", "shadow", "outcome"), registry=registry)
+
+
 class Shadows:
     """Sends copies and compares, for every model of a gateway."""
 
@@ -51,9 +57,7 @@ class Shadows:
         """With `record` every request is shown to it as well."""
         self._session, self._record, self._copies = session, record, copies
         self._tasks: set[asyncio.Task[None]] = set()
-        labels = ("model", "shadow", "outcome")
-        name, help_text = "laguna_gateway_shadow_requests", "Copies by outcome: equal, different, failed, left_out."
-        self._outcomes = Counter(name, help_text, labels, registry=registry)
+        self._outcomes = register_outcomes(registry)
 
     def accompany(self, model: Model, exchange: Exchange, body: bytes) -> None:
         """Send copies of a request to the model's shadows, where it is one that can be compared; have it recorded."""

@@ -102,7 +102,11 @@ def test_request_for_a_route_that_the_model_lacks_loads_nothing(
         model = front.relay.owner.find("a")
         assert (model.state, model.loads) == ("unloaded", 0)
         assert not list_engines()
-        assert 'reason="unserved_path"' in front.ask("/metrics").body.decode()
+        metrics = front.ask("/metrics").body.decode()
+        assert 'reason="unserved_path"' in metrics
+        known = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/reference/metrics.md").read_text(), re.MULTILINE))
+        shown = {name.removesuffix("_total") for name in re.findall(r"^# TYPE (\w+)", metrics, re.MULTILINE)}
+        assert {name for name in shown if not name.startswith("laguna_gateway_process_")} <= known
         assert front.relay.owner.routes.find_absent(None) == frozenset()
 
 
