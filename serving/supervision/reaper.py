@@ -46,6 +46,9 @@ WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 PARENT_POLL_S = 0.25
 # What the children of a main process that has ended get, to finish by themselves (shared memory is unlinked then).
 ORPHAN_GRACE_S = 1.5
+# Between two looks at those that are left, where no child's end wakes us: a list of them takes milliseconds, and who is
+# not our child yet ends unheard.
+LOOK_S = 0.1
 # For the last lines to be written, once every process that could write more is gone.
 LOG_S = 5.0
 # Where vLLM makes its sockets; a socket's path has at most 107 bytes, and its own name there is a UUID.
@@ -177,7 +180,7 @@ def end_tree(grace_s: float) -> None:
             for process in survivors:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-        time.sleep(0.02)
+        signal.sigtimedwait({signal.SIGCHLD}, LOOK_S)
 
 
 def list_live_descendants() -> list[psutil.Process]:

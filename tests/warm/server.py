@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +46,9 @@ def serve() -> dict[str, Any] | None:
     gc.collect()
     gc.freeze()
     gc.enable()
+    # Nor does a forked process end what was imported before it: thousands of operations of torch's, a third of a second.
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
     # vLLM thaws all that when an engine ends, and searches it: a copy of every page, four seconds of a busy processor.
     gc.unfreeze = lambda: None
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as ready:
