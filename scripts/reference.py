@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from prometheus_client import Metric
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from laguna_serve.plugins.adaptive.counters import SIZE, CounterCollector, Counters
 from laguna_serve.serving import cli
@@ -30,7 +29,7 @@ from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.relay.shadow import register_outcomes
 from laguna_serve.serving.gateway.residence.model import OwnedModel, State, Terms
-from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, merge
+from laguna_serve.serving.gateway.telemetry.exposition import LENGTH, LENGTH_TEXT
 from laguna_serve.serving.gateway.telemetry.keys import KeyMetrics
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.gateway.telemetry.owned import OwnedMetrics
@@ -197,10 +196,7 @@ def collect_gateway() -> Iterator[Metric]:
     TraceRecorder(None, registry)
     register_outcomes(registry)
     yield from (family for family in registry.collect() if not family.name.startswith("laguna_gateway_process_"))
-    merged = merge({("model", "engine"): f"{DRAFTS} 1\n{ACCEPTED} 1\n"})
-    for family in text_string_to_metric_families(merged):
-        if family.name.startswith("laguna_gateway_"):
-            yield family
+    yield GaugeMetricFamily(LENGTH, LENGTH_TEXT)
 
 
 def collect_engine() -> Iterator[Metric]:

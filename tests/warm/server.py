@@ -46,7 +46,7 @@ def serve() -> dict[str, Any] | None:
     gc.collect()
     gc.freeze()
     gc.enable()
-    # Nor does a forked process end what was imported before it: thousands of operations of torch's, a third of a second.
+    # Nor does a forked process take apart what was imported before it: thousands of operations of torch's.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False
     # vLLM thaws all that when an engine ends, and searches it: a copy of every page, four seconds of a busy processor.

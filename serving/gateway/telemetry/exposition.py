@@ -14,6 +14,7 @@ import aiohttp
 from laguna_serve.serving.gateway.config.tables import Endpoint
 
 SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+.*)$")
+LENGTH, LENGTH_TEXT = "laguna_gateway_acceptance_length", "Tokens per speculative step since the engine started."
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
 TOKENS = "vllm:generation_tokens_total"
 TIMEOUT_S = 2.0
@@ -60,17 +61,10 @@ def merge(texts: Mapping[tuple[str, str], str]) -> str:
                 samples.setdefault(family, []).append(f"{name}{{{label}{',' + labels if labels else ''}}} {value}")
         if sums[DRAFTS]:
             length = 1 + sums[ACCEPTED] / sums[DRAFTS]
-            lengths.append(
-                f'laguna_gateway_acceptance_length{{model="{_escape(model)}",upstream="{upstream}"}} {length}'
-            )
+            lengths.append(f'{LENGTH}{{model="{_escape(model)}",upstream="{upstream}"}} {length}')
     lines = [line for family, found in samples.items() for line in (*headers.get(family, ()), *found)]
     if lengths:
-        help_text = "Tokens per speculative step since the engine started."
-        lines += [
-            f"# HELP laguna_gateway_acceptance_length {help_text}",
-            "# TYPE laguna_gateway_acceptance_length gauge",
-        ]
-        lines += lengths
+        lines += [f"# HELP {LENGTH} {LENGTH_TEXT}", f"# TYPE {LENGTH} gauge", *lengths]
     return "\n".join(lines) + "\n" if lines else ""
 
 
