@@ -41,7 +41,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, parse_numbers
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, hold_out, is_begun
 from laguna_serve.serving.speculation.drafting import format_speculation, open_drafter, resolve_gamma
 
 DEFAULT_PROMPTS = 500
@@ -150,6 +150,7 @@ def _check(argv: Sequence[str]) -> int:
     return command.run(argv, act, show=render_check, judge=lambda found: found.status)
 
 
+@hold_out
 def certify(config: CertifyConfig, environment: Environment | None = None) -> Certificate:
     """Make the passes that are missing in `config.out`, judge them, and write the certificate there.
 

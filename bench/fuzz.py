@@ -21,7 +21,7 @@ from laguna_serve.bench.fuzzing.runner import Fuzz
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.progress import Progress
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import hold_out
 from laguna_serve.serving.planning.launch import check_launches
 
 __all__ = ["FuzzConfig", "FuzzResult", "fuzz_engine", "main"]
@@ -47,15 +47,15 @@ def render_text(result: FuzzResult) -> str:
     return f"{result.requests:,} requests in {result.minutes:.1f} min: {len(result.findings)} findings"
 
 
+@hold_out
 def fuzz_engine(config: FuzzConfig) -> FuzzResult:
     """Send requests until the time is over; fuzz.json and sent.jsonl are in `config.out` however it ends.
 
     Raises:
-        RunDirError: `config.out` cannot be a folder.
+        RunDirError: `config.out` cannot be a folder, or another run writes there.
         EngineError: the engine cannot or did not start, or does not answer the control request.
         ResultError: the folder of a run to resume holds another file.
     """
-    check_out(config.out)
     check_launches([config.make_engine()])
     fuzz = Fuzz(config, Progress())
     try:

@@ -31,7 +31,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, hold_folder, is_begun
 
 __all__ = ["SweepConfig", "SweepResult", "main", "sweep"]
 EXAMPLES = """
@@ -97,6 +97,21 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
     First the points, then ablations and mixed load where they are asked for. Raises as `sweep`.
     """
     check_out(config.out)
+    with hold_folder(config.out):
+        yield from _sweep(config)
+
+
+def publish(config: SweepConfig, result: SweepResult) -> SweepResult:
+    """Write sweep.json, sweep.md and sweep.png to the configuration's `out`."""
+    write_result(config.out / "sweep.json", result)
+    write_text(config.out / "sweep.md", render_markdown(result))
+    from laguna_serve.bench.gamma.plot import draw  # takes a second to import
+
+    draw(result, config.out / "sweep.png")
+    return result
+
+
+def _sweep(config: SweepConfig) -> Iterator[SweepResult]:
     progress, environment = Progress(), read_environment(current_argv())
     gammas, prompts = config.list_gammas(), config.load_prompts()
     split_prompts(prompts, config.num_prompts, 0)  # refuses too few
@@ -131,16 +146,6 @@ def sweep_in_stages(config: SweepConfig) -> Iterator[SweepResult]:
         schedule = result.schedule.num_speculative_tokens_per_batch_size
         mixed = compare_schedule(config, find_best_single(trained) if trained else 0, schedule, prompts, progress)
         yield publish(config, structs.replace(result, mixed=mixed))
-
-
-def publish(config: SweepConfig, result: SweepResult) -> SweepResult:
-    """Write sweep.json, sweep.md and sweep.png to the configuration's `out`."""
-    write_result(config.out / "sweep.json", result)
-    write_text(config.out / "sweep.md", render_markdown(result))
-    from laguna_serve.bench.gamma.plot import draw  # takes a second to import
-
-    draw(result, config.out / "sweep.png")
-    return result
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from laguna_serve.serving.kit.environment import Environment, OtherLoad, current
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
-from laguna_serve.serving.kit.run_dir import make_out
+from laguna_serve.serving.kit.run_dir import hold_out
 
 __all__ = ["MoeConfig", "MoeResult", "main", "time_kernels"]
 RESULT = "moe.json"
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@hold_out
 def time_kernels(config: MoeConfig) -> MoeResult:
     """Measure every row, and write moe.json, moe.md and moe.png to `config.out`.
 
@@ -85,7 +86,6 @@ def time_kernels(config: MoeConfig) -> MoeResult:
 
 
 def _time_kernels(config: MoeConfig, shape: Shape) -> MoeResult:
-    make_out(config.out)
     environment, progress = read_environment(current_argv()), Progress()
     load = OtherLoad()
     measured = _read_measured(config, shape, environment) if config.resume else []

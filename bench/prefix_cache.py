@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.environment import Environment, OtherLoad, current
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, hold_out, is_begun
 
 __all__ = ["PrefixCacheConfig", "PrefixCacheResult", "main", "measure_acceptance"]
 EXAMPLES = """
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@hold_out
 def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:
     """Send the traffic, compare, and write prefix_cache.json and prefix_cache.md to `config.out`.
 
@@ -67,7 +68,6 @@ def measure_acceptance(config: PrefixCacheConfig) -> PrefixCacheResult:
         RunDirError: the folder holds another measurement.
         KeyboardInterrupt: it ended before anything was measured. Later, the result says that it is partial.
     """
-    check_out(config.out)
     progress = Progress()
     lengths = config.characters, 2 * config.characters
     prompts = load_texts(config.prompts)

@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.environment import Environment, OtherLoad, current
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out
+from laguna_serve.serving.kit.run_dir import hold_out
 
 __all__ = ["RolloutsConfig", "RolloutsResult", "main", "measure_rollouts"]
 EXAMPLES = """
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@hold_out
 def measure_rollouts(config: RolloutsConfig) -> RolloutsResult:
     """Measure what is missing, and write rollouts.json, rollouts.md and rollouts.png to `config.out`.
 
@@ -62,7 +63,6 @@ def measure_rollouts(config: RolloutsConfig) -> RolloutsResult:
         PromptsError, CheckpointError, RunDirError: something does not fit.
         EngineError, EndpointError, MeasurementStoppedError: something could not be measured; finished points stay.
     """
-    check_out(config.out)
     environment = read_environment(current_argv())
     job = prepare(config, environment)
     load = OtherLoad()

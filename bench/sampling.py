@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.environment import Environment, current_argv, read
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, hold_out, is_begun
 
 __all__ = ["SamplingConfig", "SamplingResult", "compare_distributions", "main"]
 EXAMPLES = """
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@hold_out
 def compare_distributions(config: SamplingConfig) -> SamplingResult:
     """Draw what is missing, compare, and write sampling.json and sampling.md to `config.out`.
 
@@ -67,7 +68,6 @@ def compare_distributions(config: SamplingConfig) -> SamplingResult:
         EngineError, EndpointError, MeasurementStoppedError: an engine did not start or died, a request failed, or an
             arm did not draft as it was meant to; finished arms stay.
     """
-    check_out(config.out)
     environment = read_environment(current_argv())
     prompts, gammas = choose_prompts(config), config.list_gammas()
     check_level(config, len(gammas))

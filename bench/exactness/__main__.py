@@ -25,7 +25,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_THREADS, BoundedConfig, Flag, FlagError, Quick
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, hold_out
 from laguna_serve.serving.kit.tables import Table
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@hold_out
 def check_proposals(config: ExactnessConfig) -> ExactnessResult:
     """Check every proposer under every reference, and write exactness.json and exactness.md to `config.out`.
 
@@ -118,7 +119,6 @@ def check_proposals(config: ExactnessConfig) -> ExactnessResult:
         DiffusionError: a checkpoint, what was learnt or a reference cannot be used.
         RunDirError: the folder holds the parts of another check.
     """
-    check_out(config.out)
     texts = [prompt.text for prompt in load_texts(config.prompts)]
     if len(texts) < config.num_prompts:
         expected = f"expected at most {len(texts)}, got {config.num_prompts}"

@@ -34,7 +34,7 @@ from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import hash_file, write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, hold_out
 
 # Of the wall limit to the limit of CPU seconds: grading shares the machine with the engine.
 WALL_PER_CPU = 2.5
@@ -50,6 +50,7 @@ class Work:
     limits: Limits
 
 
+@hold_out
 def evaluate_code(config: CodeTasksConfig) -> CodeTasksResult:
     """Ask for every sample that `config.out` lacks, grade it, and write code_tasks.json and code_tasks.md there.
 
@@ -61,7 +62,6 @@ def evaluate_code(config: CodeTasksConfig) -> CodeTasksResult:
     """
     assert config.base_url is not None
     assert config.out is not None
-    check_out(config.out)
     work = prepare(config)
     environment = read_environment(current_argv())
     weaknesses = None if config.skip_probes else probe(work.problems, work.limits)
@@ -83,14 +83,13 @@ def evaluate_code(config: CodeTasksConfig) -> CodeTasksResult:
     return result
 
 
+@hold_out
 def check_canonical(config: CodeTasksConfig) -> CanonicalResult:
     """Grade the problems' own solutions, with `config.out` only those that it lacks, and write canonical.json there.
 
     Raises:
         ProblemsError, JailError, RunDirError, JournalError: see `evaluate_code`.
     """
-    if config.out is not None:
-        check_out(config.out)
     work, environment, progress = prepare(config), read_environment(current_argv()), Progress()
     settings = {
         "file": to_builtins(work.file),

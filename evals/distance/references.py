@@ -34,9 +34,10 @@ from laguna_serve.serving.kit.environment import Environment, OtherLoad, current
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, hold_out, is_begun
 
 
+@hold_out
 def measure_references(config: ReferencesConfig) -> ReferencesResult:
     """Get what `config.out` lacks, compare, and write references.json and references.md there.
 

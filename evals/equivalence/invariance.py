@@ -28,7 +28,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, is_begun
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, fingerprint, hold_out, is_begun
 
 # Beyond this many repeats the labellings are too many to count one by one.
 MOST_REPEATS = 6
@@ -73,6 +73,7 @@ class InvarianceConfig(ArmsConfig):
             raise FlagError(f"--repeats: {expected}; one answer shows no noise")
 
 
+@hold_out
 def compare_answers(config: InvarianceConfig) -> InvarianceResult:
     """Ask both arms for what `config.out` lacks, judge, and write invariance.json and invariance.md there.
 

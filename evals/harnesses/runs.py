@@ -27,7 +27,7 @@ from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
-from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, make_out
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint, hold_folder, make_out
 
 JOBS = ("list", "suites", "samples", "merge")
 NEEDED = {"suites": ("base_url", "out"), "samples": ("problems", "model", "out"), "merge": ("out",)}
@@ -161,20 +161,21 @@ def run_missing(config: SuitesConfig, suites: Sequence[Suite], out: Path, progre
 
 
 def run_suite(suite: Suite, target: Target, root: str, data: Path | None, out: Path, progress: Progress) -> None:
-    """Run one suite into a folder of `out`, if it has no result there yet. Raises SuiteError."""
+    """Run one suite into a folder of `out`, if it has no result there yet. Raises SuiteError, RunDirError."""
     name = name_run(suite, target) if suite.run == "code" else suite.name
     folder = out / re.sub("[:, ]+", "-", name)
-    claim_folder(folder, list_settings(suite, target, root, data))
-    if (folder / NOTE).exists():
-        progress.say(f"{name}: has its result in {folder}")
-        return
-    cut = 0
-    if suite.run == "code":
-        run_code_suite(suite, target, data, folder, progress)
-    else:
-        cut = run_lm_eval(suite, target, data, folder, progress)
-    note = Note(suite=name, model=target.model, root=root, cut_prompts=cut)
-    write_json(folder / NOTE, msgspec.to_builtins(note))
+    with hold_folder(folder):
+        claim_folder(folder, list_settings(suite, target, root, data))
+        if (folder / NOTE).exists():
+            progress.say(f"{name}: has its result in {folder}")
+            return
+        cut = 0
+        if suite.run == "code":
+            run_code_suite(suite, target, data, folder, progress)
+        else:
+            cut = run_lm_eval(suite, target, data, folder, progress)
+        note = Note(suite=name, model=target.model, root=root, cut_prompts=cut)
+        write_json(folder / NOTE, msgspec.to_builtins(note))
 
 
 async def describe_target(config: SuitesConfig) -> tuple[Target, str]:

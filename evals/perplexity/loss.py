@@ -37,7 +37,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder
+from laguna_serve.serving.kit.run_dir import claim_folder, hold_out
 
 USUAL_LENGTH = 512
 
@@ -113,6 +113,7 @@ class Cut:
     stride: int | None = None
 
 
+@hold_out
 def measure_loss(config: LossConfig) -> LossResult:
     """Score the rows that `config.out` lacks, average, and write loss.json and loss.md there.
 
@@ -121,7 +122,6 @@ def measure_loss(config: LossConfig) -> LossResult:
         EndpointError: no endpoint, or it failed; what was scored is kept.
         RunDirError: the folder holds another measurement.
     """
-    check_out(config.out)
     source = read_source(config)
     environment = read_environment(current_argv())
     result = asyncio.run(_measure(config, source, environment))

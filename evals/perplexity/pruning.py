@@ -29,7 +29,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, hold_out
 
 SHARES = (0.10, 0.20, 0.25, 0.40)
 TOY_TEXT = "toy:held-out"
@@ -75,6 +75,7 @@ class PruningConfig:
             raise FlagError(f"--shares: expected shares between 0 and 1 like 0.1,0.2, got {got!r}")
 
 
+@hold_out
 def measure_pruning(config: PruningConfig) -> PruningResult:
     """Measure what `config.out` lacks, model by model, and write pruning_loss.json, .md and .png there.
 

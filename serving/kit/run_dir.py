@@ -6,14 +6,31 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import expand, hash_file, is_no_file, write_text
 
 NOTE = "settings.sha256"
+# Linux's list of locks and who holds them: "1: FLOCK  ADVISORY  WRITE 4242 08:01:1234 0 EOF".
+LOCKS = Path("/proc/locks")
+
+
+class HasOut(Protocol):
+    """A configuration whose files go to `out`; None: there are none."""
+
+    @property
+    def out(self) -> Path | None:
+        """The folder for results."""
+
+
+C = TypeVar("C", bound=HasOut)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class RunDirError(CommandError):
@@ -82,27 +99,29 @@ def claim_folder(folder: Path, settings: Mapping[str, object], *, alone: bool = 
 def hold_folder(folder: Path) -> Iterator[None]:
     """Make the folder and keep a second run out, whose files would have the same names.
 
-    A process that ends takes its lock with it. What was made for it and is still empty at the end is removed.
+    A process that ends takes its lock with it. Folders that were made for it and are empty at the end are removed.
 
     Raises:
         RunDirError: another one holds it, or a file is in its place.
     """
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     _make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        holder = _find_holder(descriptor)
         os.close(descriptor)
-        raise RunDirError(f"{folder}: expected to write alone, got another run at it; wait for its end") from None
+        who = "" if holder is None else f" (process {holder})"
+        raise RunDirError(f"{folder}: expected to write alone, got another run at it{who}; wait for its end") from None
     except OSError:
         pass  # a file system without locks
     try:
         yield
     finally:
-        if made:
-            with suppress(OSError):  # it has files
-                folder.rmdir()
+        with suppress(OSError):  # it has files
+            for path in made:
+                path.rmdir()
         os.close(descriptor)
 
 
@@ -113,6 +132,24 @@ def hold_folders(*folders: Path) -> Iterator[None]:
         for folder in {folder.resolve(): folder for folder in folders}.values():
             held.enter_context(hold_folder(folder))
         yield
+
+
+def hold_out(act: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
+    """Have a function hold its configuration's `out` (`hold_folder`) from its first line to its last.
+
+    Raises:
+        RunDirError: another run holds it, or it can be no folder (`check_out`).
+    """
+
+    @wraps(act)
+    def act_alone(config: C, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if config.out is None:
+            return act(config, *args, **kwargs)
+        check_out(config.out)
+        with hold_folder(config.out):
+            return act(config, *args, **kwargs)
+
+    return act_alone
 
 
 def claim_work(work: Path, out: Path, settings: Mapping[str, object]) -> None:
@@ -168,3 +205,14 @@ def _make_folder(folder: Path, subject: str | None = None) -> None:
     except OSError as error:
         expected = f"expected a folder that can be made, got {error.strerror or error}"
         raise RunDirError(f"{subject}: {expected}; choose another") from None
+
+
+def _find_holder(descriptor: int) -> int | None:
+    """Find the process that has locked a folder, where the system says it."""
+    found = os.fstat(descriptor)
+    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with suppress(OSError):
+        locks = [line.split() for line in LOCKS.read_text(encoding="ascii").splitlines()]
+        holders = [int(lock[4]) for lock in locks if lock[1] == "FLOCK" and lock[5] == place]
+        return next((holder for holder in holders if holder > 0), None)  # 0: of another container
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from laguna_serve.bench.moe_layer.result import MoeResult
 from laguna_serve.bench.prefix.report import render_text as render_prefix
 from laguna_serve.bench.prefix.result import PrefixCacheResult
 from laguna_serve.serving.kit.results import read_result
+from laguna_serve.serving.kit.run_dir import hold_folder
 from laguna_serve.serving.kit.tables import INTERRUPTED_RUN
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,6 +50,8 @@ BENCHMARKS: dict[str, list[str]] = {
     "swap.run": ["--model", str(TOY / "teacher"), "--model", str(TOY / "dense")],
 }
 
+# Those whose folders the same command goes on with.
+RESUMED = ("certify", "exactness.__main__", "fuzz", "gamma_sweep", "moe", "prefix_cache", "rollouts", "sampling")
 IMPORTS_VLLM = ("diffusion.run", "moe_tuning.__main__")
 
 
@@ -67,6 +71,18 @@ def test_a_folder_that_cannot_be_one_is_refused_with_what_to_do(
         assert line.endswith(f"expected a folder, got the file {tmp_path / 'file'}; choose another")
         assert before == []
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_second_run_is_kept_out_at_once(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It wrote to the same files, and the first one ended when it noticed, or nobody did."""
+    main = importlib.import_module(f"laguna_serve.bench.{name}").main
+    with hold_folder(tmp_path / "out"):
+        assert main([*BENCHMARKS[name], "--out", str(tmp_path / "out")]) == 2
+        assert list((tmp_path / "out").iterdir()) == []
+    line = capsys.readouterr().err.splitlines()[-1]
+    who = f"another run at it (process {os.getpid()})"
+    assert line.endswith(f"{tmp_path / 'out'}: expected to write alone, got {who}; wait for its end")
 
 
 @pytest.mark.parametrize(
