@@ -118,17 +118,24 @@ def check_engines(gateway: Config) -> None:
     Raises CheckpointError: one cannot be served.
     """
     from laguna_serve.serving.checkpoint import CheckpointError
-    from laguna_serve.serving.gateway.residence.plans import make_engine_config, plan_bytes
-    from laguna_serve.serving.planning.launch import check_launch
+    from laguna_serve.serving.gateway.residence.plans import (
+        check_engine,
+        check_foreign_flags,
+        make_engine_config,
+        plan_bytes,
+    )
 
     budgets = {group.name: group.memory_gib * GIB for group in gateway.groups if group.memory_gib is not None}
+    engines = []
     for model in gateway.models:
         if model.engine is not None:
-            check_launch(make_engine_config(model.name, model.engine))
+            engines.append(make_engine_config(model.name, model.engine))
+            check_engine(engines[-1])
             budget = budgets.get(model.engine.group)
             if budget is not None and (need := plan_bytes(model.name, model.engine)) > budget:
                 expected = f"expected {show_size(need)} or more, which {model.name} takes, got {show_size(budget)}"
                 raise CheckpointError(f"memory of the group {model.engine.group}: {expected}; raise it")
+    check_foreign_flags(engines)
 
 
 def run_gateway(config: GatewayCommandConfig, early: Sequence[int] = ()) -> GatewayResult:

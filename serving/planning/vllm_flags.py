@@ -19,6 +19,8 @@ from laguna_serve.serving.planning.plan import EnginePlan
 
 TIMEOUT_S = 300.0
 PROGRAM = "vllm"
+# In front of a model and its flags, where no engine is planned.
+VLLM = (sys.executable, "-m", PROGRAM)
 SCRIPT = f"""
 import json, sys
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from laguna_serve.serving.chat.vendor_defaults import ChatOptions
@@ -14,9 +14,11 @@ from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.planning.budget import ENGINE_BYTES, GPU_CONTEXT_BYTES
+from laguna_serve.serving.planning.diffusion.command import build_diffusion_command, require_files
 from laguna_serve.serving.planning.diffusion.plan import plan_diffusion
-from laguna_serve.serving.planning.launch import require_device
+from laguna_serve.serving.planning.launch import check_launch, require_device
 from laguna_serve.serving.planning.plan import make_plan
+from laguna_serve.serving.planning.vllm_flags import VLLM, check_flags
 from laguna_serve.serving.speculation.gamma_store import settle_gamma
 
 # Torch and the server of a masked diffusion engine, in one process: 0.4 GB measured on a CPU.
@@ -55,6 +57,25 @@ def make_engine_config(name: str, table: OwnedEngine) -> EngineConfig:
         chat=ChatOptions(table.tool_call_parser, table.reasoning_parser, table.thinking),
         extra_args=(*table.extra_args, *((SLEEP_FLAG,) if sleeps else ())),
     )
+
+
+def check_engine(config: EngineConfig) -> None:
+    """Check an engine that is started later: all but flags that are vLLM's, memory and port.
+
+    Raises:
+        CheckpointError: it cannot be served.
+    """
+    if (diffusion := find_diffusion(config.model)) is None:
+        check_launch(config)
+        return
+    require_files(config, diffusion)
+    build_diffusion_command(config, diffusion, port=0)
+
+
+def check_foreign_flags(configs: Iterable[EngineConfig]) -> None:
+    """Ask vLLM about flags that are handed to it unread. Raises CheckpointError: it does not know one."""
+    foreign = [config for config in configs if config.extra_args and find_diffusion(config.model) is None]
+    check_flags([[*VLLM, config.model, *config.extra_args] for config in foreign])
 
 
 def plan_bytes(name: str, table: OwnedEngine, find: Callable[[], Device] = require_device) -> int:

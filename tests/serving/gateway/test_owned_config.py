@@ -18,6 +18,7 @@ from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.gateway.config import ConfigError, parse_config
 from laguna_serve.serving.gateway.config.owned import OwnedEngine, name_engine
 from laguna_serve.serving.gateway.relay.heartbeat import read_error, wants_stream
+from laguna_serve.serving.gateway.residence import plans
 from laguna_serve.serving.gateway.residence.owner import Owner
 from laguna_serve.serving.gateway.residence.plans import find_log, make_engine_config, plan_bytes
 from laguna_serve.serving.planning.launch import EngineError
@@ -120,6 +121,25 @@ def test_check_refuses_a_group_in_which_a_model_has_no_room(
     assert fault in capsys.readouterr().err
     assert main(["serve", str(TOY / "teacher"), "--memory-budget", "1e-9", "--port", "0"]) == 2
     assert "which teacher takes, got 0.0 MiB; raise it" in capsys.readouterr().err
+
+
+def test_check_refuses_flags_that_an_engine_does_not_know(
+    tmp_path: Path, fake_vllm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were found out when somebody asked for the model."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(plans, "check_flags", lambda commands: asked.extend(list(one[3:]) for one in commands))
+    path = tmp_path / "gateway.toml"
+    teacher, llada = str(TOY / "teacher"), str(TOY / "llada")
+    model = '[[models]]\nname = "{}"\n[models.engine]\nmodel = "{}"\nextra_args = ["--nosuch-flag"]\n'
+    path.write_text(f"[server]\nport = 0\n{model.format('t', teacher)}")
+    assert main(["gateway", "--config", str(path), "--check"]) == 0
+    assert asked == [[teacher, "--nosuch-flag"]]
+    path.write_text(f"[server]\nport = 0\n{model.format('l', llada)}")
+    assert main(["gateway", "--config", str(path), "--check"]) == 2
+    assert "unrecognized arguments: --nosuch-flag" in capsys.readouterr().err
+    assert main(["serve", llada, teacher, "--port", "0", "--", "--nosuch-flag"]) == 2
+    assert "unrecognized arguments: --nosuch-flag" in capsys.readouterr().err
 
 
 def test_several_models_become_engines_of_one_budget() -> None:
