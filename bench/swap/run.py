@@ -218,6 +218,10 @@ class _Run:
                 self._ask(name, gateway.url)
             for name in (first, second):
                 self._note("woken", name, gateway.url)
+            found = {name: (model["loads"], model["wakes"]) for name, model in _read_models(gateway).items()}
+            if found != dict.fromkeys(self.config.names, (2, 1)):
+                expected = f"{self.room_gib:.2f} GiB to hold one model beside one asleep"
+                raise EngineError(f"memory: expected {expected}, got (loads, wakes) {found}; see their logs")
 
     def restart(self) -> None:
         """End an engine and start the other one, as a script would."""

@@ -27,6 +27,7 @@ def describe_model(model: OwnedModel) -> JsonObject:
         "in_flight": model.in_flight,
         "waiting": len(model.waiting),
         "loads": model.loads,
+        "wakes": model.wakes,
         "failures": model.failed,
         "evictions": model.evictions,
         "last_load_s": None if model.load_s is None else round(model.load_s, 2),

@@ -86,7 +86,7 @@ class OwnedModel:
         leaving: somebody asked for its end: it goes as soon as nothing is in flight.
         removed: it is in the configuration no more.
         ready_s, used_s, began_s: when it became ready, was last used, last began to load; `load_s`: what that took.
-        loads, failed, evictions: how often so far.
+        loads, wakes, failed, evictions: how often so far; to be woken is to be loaded, too.
         failures: starts and short lives in a row that failed; the next one waits until `retry_s`.
     """
 
@@ -109,6 +109,7 @@ class OwnedModel:
     retry_s: float = 0.0
     cause: str | None = None
     loads: int = 0
+    wakes: int = 0
     failed: int = 0
     evictions: int = 0
 

@@ -148,6 +148,7 @@ class Scheduler:
                 continue
             need = model.need_bytes - model.held_bytes
             if room.fits(need):
+                model.wakes += model.state is State.ASLEEP
                 model.state, model.began_s, model.asleep_bytes = State.LOADING, now, 0
                 orders[model] = "load"
             elif (missing := need - room.free - room.coming) > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -11,10 +12,11 @@ import pytest
 
 from laguna_serve.bench.swap import run
 from laguna_serve.bench.swap.result import SwapResult
-from laguna_serve.bench.swap.run import SwapConfig, measure_swaps
+from laguna_serve.bench.swap.run import SwapConfig, _Run, measure_swaps
 from laguna_serve.serving.chat.vendor_defaults import NO_CONTRACT
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.engine import engine as engine_module
+from laguna_serve.serving.gateway.run import Background
 from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.launch import Launch, find_port
@@ -79,6 +81,23 @@ def test_room_for_two_is_no_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(run, "HEADROOM", 3.0)
     with pytest.raises(EngineError, match=r"memory: expected room for one model in .* got \(loads, evictions\)"):
         measure_swaps(SwapConfig(model=("folder/a", "folder/b"), rounds=1, rest=0.01, out=tmp_path))
+
+
+@pytest.mark.parametrize(("counts", "woken"), [((2, 1), True), ((2, 0), False), ((1, 0), False)])
+def test_a_woken_engine_is_the_one_that_fell_asleep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int], woken: bool
+) -> None:
+    """One that was ended for the other's room and started anew counted as woken, and so did one that stayed awake."""
+    measured = _Run(SwapConfig(model=("folder/a", "folder/b"), sleep_level=1, out=tmp_path))
+    measured.held_gib = {"a": 1.0, "b": 2.0}
+    monkeypatch.setattr(run, "open_background", lambda _config: nullcontext(Background("", "", None)))  # type: ignore[arg-type]
+    monkeypatch.setattr(measured, "_ask", lambda _name, _url: 1.0)
+    models = {"a": {"loads": 2, "wakes": 1}, "b": dict(zip(("loads", "wakes"), counts, strict=True))}
+    monkeypatch.setattr(run, "_read_models", lambda _gateway: models)
+    refusal = pytest.raises(EngineError, match=r"expected 2.60 GiB to hold one model beside one asleep, got .*'b': \(")
+    with nullcontext() if woken else refusal:
+        measured.wake()
+    assert measured.ttft_s == {("woken", "a"): [1.0], ("woken", "b"): [1.0]}
 
 
 def test_two_models_are_needed_and_a_gpu_to_sleep_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

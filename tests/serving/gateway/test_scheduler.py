@@ -273,6 +273,7 @@ def test_sleeping_models_hold_a_little_and_go_whole_where_that_is_missing() -> N
     assert world.state("a") is State.ASLEEP
     assert world.visit("a") == ["unload b", "load a"]
     assert world.visit("c") == ["sleep a", "unload a", "load c"]
+    assert [(model.loads, model.wakes) for model in world.scheduler.models.values()] == [(2, 1), (1, 0), (1, 0)]
 
 
 def test_groups_do_not_share() -> None:
