@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from laguna_serve.scripts.text import corpus
 from laguna_serve.scripts.text.corpus import Module
 from laguna_serve.scripts.training.drafter.command import train_drafter
 from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
+from laguna_serve.scripts.training.minutes import MINUTES, count_minutes
 from laguna_serve.serving.kit.cli import HELD, run_command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import hash_file, write_text
@@ -242,9 +242,9 @@ def run_stage(name: str, recipe: ToyRecipe, work: Path, out: Path) -> None:
 
     # Some sums of a CPU's backward passes are otherwise added in the order in which threads come to them.
     torch.use_deterministic_algorithms(True)
-    started = time.monotonic()
-    result = STAGES[name](recipe, work, out)
-    result["minutes"] = round((time.monotonic() - started) / 60, 1)
+    with count_minutes(work / f"{name}-{MINUTES}", lambda: True) as minutes:
+        result = STAGES[name](recipe, work, out)
+        result["minutes"] = round(minutes(), 1)
     write_text(work / f"{name}.json", json.dumps(result))
 
 

@@ -13,8 +13,7 @@ import asyncio
 import json
 import random
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -32,6 +31,7 @@ from laguna_serve.scripts.training.dante.records import Prompt as CachedPrompt
 from laguna_serve.scripts.training.dante.records import read_cache
 from laguna_serve.scripts.training.dante.rows import encode_prompt
 from laguna_serve.scripts.training.dante.student import make_student
+from laguna_serve.scripts.training.minutes import MINUTES, count_minutes
 from laguna_serve.scripts.training.rl.service import TrainingService, open_service
 from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.errors import EndpointError
@@ -43,7 +43,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_THREADS, BoundedConfig, Flag, Quick
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
-from laguna_serve.serving.kit.run_dir import check_out, claim_folder, hold_folder
+from laguna_serve.serving.kit.run_dir import check_out, claim_folder, hold_folder, is_begun
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_HEAD = 240
@@ -120,13 +120,12 @@ def prove(config: DanteToyConfig) -> DanteToyResult:
     """
     require_trainer()
     check_out(config.out)
-    with hold_folder(config.out):
-        return _prove(config)
+    with hold_folder(config.out), count_minutes(config.out / MINUTES, lambda: is_begun(config.out)) as minutes:
+        return _prove(config, minutes)
 
 
-def _prove(config: DanteToyConfig) -> DanteToyResult:
+def _prove(config: DanteToyConfig, minutes: Callable[[], float]) -> DanteToyResult:
     """Do what is missing, alone in the folder."""
-    began = time.monotonic()
     settings = [config.prompts, config.held_out, config.max_tokens, config.base_steps, config.steps, config.batch]
     claim_folder(config.out, {"toy": [*settings, config.lr, str(config.teacher)]})
     modules = corpus.read_modules()
@@ -161,7 +160,7 @@ def _prove(config: DanteToyConfig) -> DanteToyResult:
         ablation=ablation,
         served=served,
         bars=(*ablation.bars, equal),
-        minutes=round((time.monotonic() - began) / 60, 2),
+        minutes=minutes(),
     )
     write_result(config.out / "dante-toy.json", result)
     return result

@@ -14,7 +14,6 @@ import importlib.util
 import os
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,7 @@ from laguna_serve.scripts.training.dante.rows import (
     order_records,
 )
 from laguna_serve.scripts.training.devices import require_device
+from laguna_serve.scripts.training.minutes import MINUTES, count_minutes
 from laguna_serve.serving.checkpoint.folder import find_folder
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
@@ -96,21 +96,22 @@ def train_student(config: DanteConfig) -> DanteResult:
     check_own(config.out, [config.model], own=is_begun(work) or (config.out / RESULT).exists())
     from laguna_serve.scripts.dante.run import Run
 
-    began = time.monotonic()
     records = draw_records(read_cache(config.cache), config.share, config.seed)
     ordered = order_records(records, config.curriculum)
     run = Run(config, work)
     taught = encode_records(ordered, run.tokenizer, config.length, config.entropy_scale)
     run.count_rows(taught)
     # One process of several holds them for all.
-    with hold_folders(*((config.out, work) if run.is_main else ())):
+    held = (config.out, work) if run.is_main else ()
+    taken = count_minutes(work / MINUTES, lambda: run.is_main and is_begun(work))
+    with hold_folders(*held), taken as minutes:
         if run.is_main:
             settings = {**config.decisive, "model": fingerprint(str(config.model))}
             claim_work(work, config.out, {**settings, "records": [msgspec.to_builtins(record) for record in ordered]})
         run.wait()  # the folder is there for all
         with defer_signals():
             run.train(taught)
-        result = _describe(config, run, taught, began)
+        result = _describe(config, run, taught, minutes())
         run.wait()  # none reads its state any more
         if run.is_main:
             _write(config, run, result, sorted({record.teacher for record in records}))
@@ -130,7 +131,7 @@ def _write(config: DanteConfig, run: Run, result: DanteResult, teachers: list[st
     write_card(describe_taught(result, teachers, config.out), config.out)
 
 
-def _describe(config: DanteConfig, run: Run, taught: TaughtRows, began: float) -> DanteResult:
+def _describe(config: DanteConfig, run: Run, taught: TaughtRows, minutes: float) -> DanteResult:
     """Put together how it went."""
     return DanteResult(
         environment=read_environment(current_argv()),
@@ -146,7 +147,7 @@ def _describe(config: DanteConfig, run: Run, taught: TaughtRows, began: float) -
         epochs=round(config.steps * config.batch / run.rows, 3),
         weights=weigh_rows(taught, config),
         drift=run.drift,
-        minutes=round((time.monotonic() - began) / 60, 2),
+        minutes=minutes,
         log=tuple(run.log),
     )
 

@@ -37,13 +37,14 @@ class Clock:
     def time(self, stage: str, act: Callable[[], Any]) -> Any:
         """Do a stage, which Ctrl-C stops where nothing is lost, and add to what it took."""
         started = time.monotonic()
-        with defer_signals():
-            result = act()
-        if self.ranks.first:
-            minutes = self.minutes
-            minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - started) / 60, 1)
-            (self.work / "minutes.json").write_text(json.dumps(minutes))
-        return result
+        try:
+            with defer_signals():
+                return act()
+        finally:
+            if self.ranks.first:
+                minutes = self.minutes
+                minutes[stage] = round(minutes.get(stage, 0.0) + (time.monotonic() - started) / 60, 1)
+                (self.work / "minutes.json").write_text(json.dumps(minutes))
 
 
 def open_work(config: DistillConfig, recipe: Recipe, folder: Path, ranks: Ranks) -> Path:

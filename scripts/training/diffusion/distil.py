@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +27,7 @@ from laguna_serve.scripts.training.diffusion.ablation import RATIOS
 from laguna_serve.scripts.training.diffusion.distillation import Direction, distil, measure_agreement
 from laguna_serve.scripts.training.diffusion.saving import write_checkpoint
 from laguna_serve.scripts.training.loop import Schedule
+from laguna_serve.scripts.training.minutes import MINUTES, count_minutes
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
@@ -138,15 +138,14 @@ def teach(config: DistilConfig) -> DistilResult:
     own = is_begun(work) or (config.out / RESULT).exists()
     check_own(config.out, [config.model, config.student], own=own)
     require_device(config.device)
-    with hold_folders(config.out, work):
-        return _teach(config, work)
+    with hold_folders(config.out, work), count_minutes(work / MINUTES, lambda: is_begun(work)) as minutes:
+        return _teach(config, work, minutes)
 
 
-def _teach(config: DistilConfig, work: Path) -> DistilResult:
+def _teach(config: DistilConfig, work: Path, minutes: Callable[[], float]) -> DistilResult:
     """Train, write and measure, alone in the folders."""
     from transformers import PreTrainedTokenizerFast
 
-    began = time.monotonic()
     shapes = [read_config(folder) for folder in (config.model, config.student)]
     if shapes[0].vocab_size != shapes[1].vocab_size or shapes[0].mask_token_id != shapes[1].mask_token_id:
         raise DiffusionError(
@@ -187,7 +186,7 @@ def _teach(config: DistilConfig, work: Path) -> DistilResult:
         rows=len(seen),
         agreement={f"{r}": (round(before[r][0], 4), round(after[r][0], 4)) for r in RATIOS},
         confident={f"{r}": (round(before[r][1], 4), round(after[r][1], 4)) for r in RATIOS},
-        minutes=round((time.monotonic() - began) / 60, 2),
+        minutes=minutes(),
     )
     write_indented(config.out / RESULT, result)
     shutil.rmtree(work)

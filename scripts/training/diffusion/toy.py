@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +31,7 @@ from laguna_serve.scripts.training.diffusion.distillation import Direction, dist
 from laguna_serve.scripts.training.diffusion.prune import BlockAgreement, PruneConfig, prune
 from laguna_serve.scripts.training.diffusion.saving import write_checkpoint
 from laguna_serve.scripts.training.loop import Schedule
+from laguna_serve.scripts.training.minutes import MINUTES, count_minutes
 from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 from laguna_serve.serving.kit.command import Command
 from laguna_serve.serving.kit.environment import current_argv
@@ -120,13 +121,13 @@ def make_pair(config: ToyPairConfig) -> ToyPairResult:
     torch.set_num_threads(pretraining.THREADS)
     work = config.work or ROOT / ".cache" / f"llada-{config.seed}-{config.steps}-{config.distillation_steps}"
     check_out(work, "--work")
-    with hold_folders(config.out, work):
-        return _make_pair(config, work)
+    taken = count_minutes(work / MINUTES, lambda: any(work.iterdir()), time.process_time)
+    with hold_folders(config.out, work), taken as minutes:
+        return _make_pair(config, work, minutes)
 
 
-def _make_pair(config: ToyPairConfig, work: Path) -> ToyPairResult:
+def _make_pair(config: ToyPairConfig, work: Path, minutes: Callable[[], float]) -> ToyPairResult:
     """Do what is missing, alone in the folders; Ctrl-C is obeyed between two steps of training."""
-    started = time.process_time()
     modules = corpus.read_modules()
     seen, unseen = ([m for m in modules if m.held_out == held] for held in (False, True))
     tokenizer = load_tokenizer(TOY / "teacher")
@@ -162,7 +163,7 @@ def _make_pair(config: ToyPairConfig, work: Path) -> ToyPairResult:
         blocks=cut.blocks,
         direction=DIRECTION,
         agreement={f"{r}": (before[r], after[r]) for r in RATIOS},
-        cpu_minutes=round((time.process_time() - started) / 60, 1),
+        cpu_minutes=round(minutes(), 1),
         sha256={p.relative_to(config.out).as_posix(): hash_file(p) for p in files},
     )
     write_indented(config.out / "LLADA.json", result)

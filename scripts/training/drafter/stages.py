@@ -8,7 +8,7 @@ training/                     before.json and training.state: drafter, optimiser
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +46,7 @@ from laguna_serve.scripts.training.drafter.result import (
     format_plan,
 )
 from laguna_serve.scripts.training.drafter.training import Fit, fit_drafter
+from laguna_serve.scripts.training.minutes import MINUTES, count_minutes
 from laguna_serve.scripts.training.pruning.streaming.sizes import measure_parts
 from laguna_serve.serving.checkpoint import CheckpointError, Target, require_folder
 from laguna_serve.serving.checkpoint.drafter import Drafter
@@ -158,11 +159,12 @@ class Run:
         own = (config.out / RESULT).exists() or is_begun(config.work_folder / "training")
         check_own(config.out, read, own=own)
         require_device(config.device)
-        with hold_folders(config.out, config.work_folder):
-            return self._train()
+        work = config.work_folder
+        with hold_folders(config.out, work), count_minutes(work / MINUTES, lambda: _has_begun(work)) as minutes:
+            return self._train(minutes)
 
-    def _train(self) -> DrafterTrainResult:
-        started, config = time.monotonic(), self.config
+    def _train(self, minutes: Callable[[], float]) -> DrafterTrainResult:
+        config = self.config
         self.progress.say(format_plan(self.plan()))
         learned, measured = self.source.gather()
         torch.set_num_threads(config.threads)
@@ -196,7 +198,7 @@ class Run:
             skipped=learned.skipped,
             before=before,
             after=after,
-            minutes=round((time.monotonic() - started) / 60, 2),
+            minutes=minutes(),
             log=log,
         )
         write_result(config.out / RESULT, result)
@@ -251,6 +253,11 @@ class Run:
         before = measure_drafter(made.module.eval(), held_out)
         write_stream(path, lambda file: file.write(msgspec.json.encode(before)))
         return before
+
+
+def _has_begun(work: Path) -> bool:
+    """Whether the work folder has a part that another run goes on with."""
+    return any(is_begun(work / part) for part in ("answers", "states/learn", "training"))
 
 
 def open_run(config: DrafterTrainConfig) -> Run:

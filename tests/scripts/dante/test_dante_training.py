@@ -27,6 +27,7 @@ from laguna_serve.scripts.training.dante.losses import IGNORED, confidence_weigh
 from laguna_serve.scripts.training.dante.records import CacheRecord, read_cache
 from laguna_serve.scripts.training.dante.rows import encode_records, order_records
 from laguna_serve.scripts.training.dante.student import student_config
+from laguna_serve.scripts.training.minutes import MINUTES
 from laguna_serve.scripts.training.toy.tokenizer import load_tokenizer
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.errors import CommandError
@@ -209,9 +210,11 @@ def test_interrupted_and_continued_is_uninterrupted(folder: Path, uninterrupted:
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE_S) == 130, said.read_text()[-2000:]
     assert "the same command continues" in said.read_text()
+    (work / MINUTES).write_text("100")
     done = run(arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     result = read_result(folder / "again" / "training.json", DanteResult)
+    assert result.minutes >= 100 > uninterrupted.minutes
     assert [step.loss for step in result.log] == [step.loss for step in uninterrupted.log]
     one, other = (load_file(folder / name / "model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(one[key], other[key]) for key in one)

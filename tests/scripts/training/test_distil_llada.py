@@ -17,6 +17,7 @@ from laguna_serve.plugins.diffusion.model import Llada
 from laguna_serve.scripts.training import loop
 from laguna_serve.scripts.training.diffusion.distil import DistilConfig, teach
 from laguna_serve.scripts.training.diffusion.saving import write_checkpoint
+from laguna_serve.scripts.training.minutes import MINUTES
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.kit.flags import FlagError
 from laguna_serve.serving.kit.run_dir import RunDirError
@@ -84,7 +85,8 @@ def test_interrupted_run_gives_the_same_student(config: DistilConfig, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             teach(again)
     assert not (again.out / "model.safetensors").exists()
-    teach(again)
+    (again.out.with_name("again.work") / MINUTES).write_text("100")
+    assert teach(again).minutes >= 100
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in _weights(config, again)]
     assert digests[0] == digests[1]
     assert load_file(again.out / "model.safetensors")

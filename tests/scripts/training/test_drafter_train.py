@@ -32,6 +32,7 @@ from laguna_serve.scripts.training.drafter.data.records import Row, choose_held_
 from laguna_serve.scripts.training.drafter.data.states import States
 from laguna_serve.scripts.training.drafter.data.target import TargetLayers
 from laguna_serve.scripts.training.drafter.held_out import count_row, walk
+from laguna_serve.scripts.training.minutes import MINUTES
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
 from laguna_serve.serving.client.traffic import TrafficError, read_traffic
 from laguna_serve.serving.engine import Engine, EngineConfig
@@ -114,7 +115,9 @@ def test_interrupted_run_ends_in_the_same_bits(
         with pytest.raises(KeyboardInterrupt):
             train_drafter(cut)
     assert not (cut.out / "config.json").exists()
+    (cut.work_folder / MINUTES).write_text("100")
     again = train_drafter(cut)
+    assert again.minutes >= 100 > whole.minutes
     assert read_weights(cut.out) == read_weights(tmp_path / "whole")
     assert (again.log, again.before, again.after) == (whole.log, whole.before, whole.after)
     assert (whole.answers, whole.temperatures, whole.before[0].answers) == (20, (0.0,), 4)
