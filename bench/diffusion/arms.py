@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from laguna_serve.plugins.diffusion.calibration import measure_next_commits
+from laguna_serve.plugins.diffusion.calibration import measure_next_commits, name_prompt
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas, State
 from laguna_serve.plugins.diffusion.decoding.reference import read_reference
 from laguna_serve.plugins.diffusion.errors import DiffusionError
@@ -19,7 +19,7 @@ from laguna_serve.plugins.diffusion.low_precision import quantise
 from laguna_serve.plugins.diffusion.model import Llada, load_model
 from laguna_serve.plugins.diffusion.predictor import Predictor
 from laguna_serve.plugins.diffusion.proposing.prepared import find_cost, load_proposers
-from laguna_serve.plugins.diffusion.server.loading import choose_dtype
+from laguna_serve.plugins.diffusion.server.loading import choose_dtype, load_tokenizer
 from laguna_serve.plugins.diffusion.server.options import DRAFT_WEIGHTS
 from laguna_serve.plugins.diffusion.speculation import Decoder, Speculation
 
@@ -116,19 +116,26 @@ class Arms:
         return measure_next_commits(self.target, self.draft, canvases, self.reference)
 
 
-def read_calibration(folder: Path) -> tuple[int, int]:
-    """Read which prompts of their file the proposals were learnt on: from, and up to.
+def find_learnt(folder: Path, model: Path, texts: Sequence[str]) -> list[bool]:
+    """Find which of the texts the proposals were learnt on: by their tokens, whatever file they were in.
+
+    What was learnt before its prompts were noted is known by its lines alone.
 
     Raises:
-        DiffusionError: the folder holds nothing that was learnt.
+        DiffusionError: the folder holds nothing that was learnt, or the model has no tokenizer.
     """
     try:
         content = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
-        return content["first"], content["first"] + content["prompts"]
+        lines = range(content["first"], content["first"] + content["prompts"])
+        names = frozenset(content.get("learnt", ()))
     except (OSError, ValueError, KeyError) as error:
         raise DiffusionError(
             f"{folder}: expected what scripts/training/diffusion/calibrate.py writes, got {error!r}; run it"
         ) from None
+    if not names:
+        return [number in lines for number in range(len(texts))]
+    tokenizer = load_tokenizer(model)
+    return [name_prompt(tokenizer(text)["input_ids"]) in names for text in texts]
 
 
 def _time(decoder: Decoder, canvases: Sequence[Canvas]) -> Timed:

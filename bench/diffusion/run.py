@@ -121,11 +121,11 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
         DiffusionError: a checkpoint or what was learnt cannot be used.
         KeyboardInterrupt: it ended before anything was measured. Later, the result says that it is partial.
     """
-    from laguna_serve.bench.diffusion.arms import TARGET, Arms, read_calibration
+    from laguna_serve.bench.diffusion.arms import TARGET, Arms, find_learnt
 
     check_out(config.out)
     given = [prompt.text for prompt in load_texts(config.prompts)]
-    texts = choose_prompts(given, config.num_prompts, *read_calibration(config.proposals))
+    texts = choose_prompts(given, config.num_prompts, find_learnt(config.proposals, config.model, given))
     arms = Arms(
         config.model,
         config.draft,
@@ -188,22 +188,17 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     return result
 
 
-def choose_prompts(texts: list[str], number: int, first: int, end: int) -> list[str]:
-    """Choose prompts that nothing was learnt from, in front of those from `first` to `end` or behind them.
+def choose_prompts(texts: Sequence[str], number: int, learnt: Sequence[bool]) -> list[str]:
+    """Choose the first prompts that nothing was learnt from.
 
     Raises:
-        FlagError: neither part has so many.
+        FlagError: there are not so many.
     """
-    count, before, behind = min(number, len(texts)), texts[:first], texts[end:]
-    if len(before) >= count:
-        return before[:count]
-    if len(behind) >= count:
-        return behind[:count]
-    most = max(len(before), len(behind))
-    raise FlagError(
-        f"--num-prompts: expected at most {most} in front of prompts {first + 1} to {end} or behind them, which were"
-        f" learnt from, got {number}; give others, or calibrate with another --first"
-    )
+    others = [text for text, known in zip(texts, learnt, strict=True) if not known]
+    if len(others) < min(number, len(texts)):
+        expected = f"expected at most {len(others)}, those that nothing was learnt from"
+        raise FlagError(f"--num-prompts: {expected}, got {number}; give others, or calibrate on fewer")
+    return others[:number]
 
 
 def _measure_draft(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Reference, rank, step
@@ -11,6 +13,11 @@ from laguna_serve.plugins.diffusion.predictor import Ask, Predictor, Slot
 from laguna_serve.plugins.diffusion.proposing.graph import Graph, Node, choose_nodes, trace_path
 from laguna_serve.plugins.diffusion.proposing.sources import Source
 from laguna_serve.plugins.diffusion.speculation import Decoder
+
+
+def name_prompt(ids: Sequence[int]) -> str:
+    """Name a prompt by its tokens, so that it is known again in any file."""
+    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:16]
 
 
 def calibrate(decoder: Decoder, source: Source, canvases: Iterable[Canvas], most: int) -> Graph:

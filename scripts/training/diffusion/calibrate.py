@@ -17,7 +17,7 @@ from typing import Annotated
 import msgspec
 import torch
 
-from laguna_serve.plugins.diffusion.calibration import calibrate, measure_next_commits
+from laguna_serve.plugins.diffusion.calibration import calibrate, measure_next_commits, name_prompt
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import read_reference
 from laguna_serve.plugins.diffusion.errors import DiffusionError
@@ -30,8 +30,9 @@ from laguna_serve.plugins.diffusion.server.loading import choose_dtype
 from laguna_serve.plugins.diffusion.speculation import Decoder
 from laguna_serve.scripts.training.diffusion.order import SCHEDULE, record, train_order
 from laguna_serve.scripts.training.drafter.data.prompts import read_prompts
+from laguna_serve.scripts.training.drafter.data.records import Prompt
 from laguna_serve.scripts.training.loop import Schedule
-from laguna_serve.serving.kit.command import Command
+from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.files import write_file
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
@@ -83,6 +84,7 @@ class Calibration(
 
     Attributes:
         nodes: of each graph, and the share of decodes that come by its first.
+        learnt: the prompts, by `name_prompt`.
         next_commits: along the target's decodes, how often the draft would commit at the same position next, and how
             often it would come to the same state; `cost`: its pass in passes of the target.
     """
@@ -95,6 +97,7 @@ class Calibration(
     block: int
     first: int
     prompts: int
+    learnt: list[str]
     examples: int
     order: dict[str, float]
     nodes: dict[str, tuple[int, float]]
@@ -113,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         others=(DiffusionError,),
         interrupted="it starts anew",
     )
-    return command.run(argv, learn)
+    return command.run(argv, learn, line=Brief(counted=("learnt",)))
 
 
 def learn(config: CalibrateConfig) -> Calibration:
@@ -133,7 +136,10 @@ def learn(config: CalibrateConfig) -> Calibration:
     dtype = choose_dtype("auto", config.model, config.device)
     target = load_model(config.model, dtype, config.device)
     draft = None if config.draft is None else load_model(config.draft, dtype, config.device)
-    canvases = _read_canvases(config, target)
+    prompts = _choose_prompts(config, target)
+    room = target.config.max_sequence_length - config.canvas
+    mask = target.config.mask_token_id
+    canvases = [Canvas(ids[-room:], config.canvas, config.block, mask) for ids in prompts]
     decoder = Decoder(Predictor(target), reference)
     progress.say(f"decoding {len(canvases)} prompts for the order model")
     examples = record(decoder, progress.track("decoded", canvases))
@@ -166,6 +172,7 @@ def learn(config: CalibrateConfig) -> Calibration:
         block=config.block,
         first=config.first,
         prompts=len(canvases),
+        learnt=[name_prompt(ids) for ids in prompts],
         examples=len(examples),
         order={key: round(value, 4) for key, value in log[-1].items()},
         nodes=nodes,
@@ -177,12 +184,11 @@ def learn(config: CalibrateConfig) -> Calibration:
     return result
 
 
-def _read_canvases(config: CalibrateConfig, target: Llada) -> list[Canvas]:
+def _choose_prompts(config: CalibrateConfig, target: Llada) -> list[Prompt]:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model)
-    room = target.config.max_sequence_length - config.canvas
-    if room < 1:
+    if config.canvas >= target.config.max_sequence_length:
         raise DiffusionError(f"--canvas: expected fewer than {target.config.max_sequence_length}, got {config.canvas}")
     prompts = read_prompts(config.prompts, tokenizer, target.config.vocab_size)
     if not prompts:
@@ -191,7 +197,7 @@ def _read_canvases(config: CalibrateConfig, target: Llada) -> list[Canvas]:
     if not chosen:
         expected = f"more than {config.first} prompts"
         raise DiffusionError(f"{config.prompts}: expected {expected}, got {len(prompts)}; lower --first")
-    return [Canvas(tuple(ids[-room:]), config.canvas, config.block, target.config.mask_token_id) for ids in chosen]
+    return chosen
 
 
 if __name__ == "__main__":

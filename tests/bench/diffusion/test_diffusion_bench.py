@@ -11,6 +11,7 @@ from unittest.mock import ANY
 import pytest
 from tiny_llada import write_llada
 
+from laguna_serve.bench.diffusion.arms import find_learnt
 from laguna_serve.bench.diffusion.run import (
     FEWER_BITS,
     DiffusionConfig,
@@ -21,8 +22,10 @@ from laguna_serve.bench.diffusion.run import (
     render_text,
 )
 from laguna_serve.bench.exactness import __main__ as exactness
+from laguna_serve.plugins.diffusion.calibration import name_prompt
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.server import options
+from laguna_serve.plugins.diffusion.server.loading import load_tokenizer
 from laguna_serve.plugins.diffusion.server.options import DRAFT_WEIGHTS
 from laguna_serve.plugins.diffusion.speculation import Decoder
 from laguna_serve.scripts.training.diffusion.calibrate import CalibrateConfig, learn
@@ -90,9 +93,9 @@ def test_every_proposer_comes_to_the_references_tokens(learnt: CalibrateConfig, 
 
 def test_prompts_that_were_learnt_from_are_not_measured(learnt: CalibrateConfig, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
-    few.write_text("".join(PROMPTS.read_text().splitlines(keepends=True)[:9]))
-    with pytest.raises(FlagError, match=r"expected at most 4 in front of prompts 5 to 6 or behind them, .* got 6;"):
-        measure_proposals(replace(bench(learnt, tmp_path), prompts=few, num_prompts=6))
+    few.write_text("".join(PROMPTS.read_text().splitlines(keepends=True)[5:12]))
+    with pytest.raises(FlagError, match=r"expected at most 6, those that nothing was learnt from, got 7;"):
+        measure_proposals(replace(bench(learnt, tmp_path), prompts=few, num_prompts=7))
     with pytest.raises(FlagError, match="expected at least 4, two rounds, got 2"):
         replace(bench(learnt, tmp_path), num_prompts=2)
 
@@ -114,17 +117,27 @@ def test_bits_that_no_draft_can_have_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("number", "first", "end", "chosen"),
-    [(2, 2, 4, "ab"), (2, 0, 2, "cd"), (3, 1, 3, "def"), (9, 0, 0, "abcdef")],
+    ("number", "learnt", "chosen"), [(2, "cd", "ab"), (2, "ab", "cd"), (3, "bc", "ade"), (9, "", "abcdef")]
 )
-def test_prompts_are_taken_that_nothing_was_learnt_from(number: int, first: int, end: int, chosen: str) -> None:
-    """With the defaults of calibrate.py, whose first prompt is the file's, they are those behind."""
-    assert choose_prompts([*"abcdef"], number, first, end) == [*chosen]
+def test_prompts_are_taken_that_nothing_was_learnt_from(number: int, learnt: str, chosen: str) -> None:
+    assert choose_prompts("abcdef", number, [text in learnt for text in "abcdef"]) == [*chosen]
+
+
+def test_what_was_learnt_from_is_known_in_another_file(tmp_path: Path) -> None:
+    """It was known by its lines: in a file of another order, training prompts were measured as held-out ones."""
+    tokenizer = load_tokenizer(TOY / "llada")
+    texts = ["def a():\n", "def b():\n", "def c():\n"]
+    noted: dict[str, object] = {"first": 0, "prompts": 1}
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(noted))
+    assert find_learnt(tmp_path, TOY / "llada", texts) == [True, False, False]
+    path.write_text(json.dumps(noted | {"learnt": [name_prompt(tokenizer(texts[2])["input_ids"])]}))
+    assert find_learnt(tmp_path, TOY / "llada", texts) == [False, False, True]
 
 
 def test_too_few_prompts_that_nothing_was_learnt_from_are_refused() -> None:
-    with pytest.raises(FlagError, match=r"expected at most 2 in front of prompts 1 to 4 or behind them, .* got 3;"):
-        choose_prompts([*"abcdef"], 3, 0, 4)
+    with pytest.raises(FlagError, match=r"expected at most 2, those that nothing was learnt from, got 3; give"):
+        choose_prompts("abcdef", 3, [True] * 4 + [False] * 2)
 
 
 def test_without_what_was_learnt_it_says_what_to_run(
