@@ -148,9 +148,12 @@ class Engine:
 
     def _has_room(self, request: Request) -> bool:
         """Say whether one more fits beside those that run; the first that waits is the next, so that none starves."""
-        held = sum(_measure(handle.request) for handle in self._running.values())
-        fits = self._limits.tokens is None or held + _measure(request) <= self._limits.tokens
-        return fits and len(self._running) < self._limits.running
+        limits, requests = self._limits, [request, *(handle.request for handle in self._running.values())]
+        return (
+            len(requests) <= limits.running
+            and (limits.tokens is None or sum(map(_measure, requests)) <= limits.tokens)
+            and (limits.open_positions is None or sum(map(_count_open, requests)) <= limits.open_positions)
+        )
 
     def _check(self, request: Request) -> None:
         predictor, reference, canvas = self._batch.decoder.predictor, request.reference, request.canvas
@@ -165,6 +168,9 @@ class Engine:
             most = f"at most {longest} tokens of prompt and canvas"
             got = f"{len(canvas.prompt)} and {canvas.length}"
             raise DiffusionError(f"request: expected {most}, got {got}; shorten one of them")
+        if limits.open_positions is not None and _count_open(request) > limits.open_positions:
+            expected = f"at most {limits.open_positions}, whose logits have room in memory"
+            raise DiffusionError(f"block_length: expected {expected}, got {_count_open(request)}; lower it")
         if not all(0 <= token < limits.vocabulary for token in canvas.prompt):
             raise DiffusionError(f"prompt: expected ids from 0 to {limits.vocabulary - 1}, got others; check them")
 
@@ -255,3 +261,8 @@ class Engine:
 def _measure(request: Request) -> int:
     """Tokens of prompt and canvas."""
     return len(request.canvas.prompt) + request.canvas.length
+
+
+def _count_open(request: Request) -> int:
+    """Positions that get logits in a pass."""
+    return request.canvas.block_length

@@ -49,6 +49,7 @@ class Limits:
         running: requests that share passes.
         waiting: beyond those; one more is refused.
         tokens: of prompts and canvases of those that share passes, as far as what is kept for them has room.
+        open_positions: of the blocks that are open in a pass, whose logits are all there at once; None: as many.
     """
 
     sequence: int
@@ -56,6 +57,7 @@ class Limits:
     running: int
     waiting: int
     tokens: int | None = None
+    open_positions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

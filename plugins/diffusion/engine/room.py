@@ -1,4 +1,4 @@
-"""How many tokens' keys and values there is room for beside the weights, once those are loaded."""
+"""What there is room for beside the weights, once those are loaded: tokens' keys and values, and a pass's logits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from laguna_serve.plugins.diffusion.decoding.reference import Reference
 from laguna_serve.plugins.diffusion.model import Llada
 from laguna_serve.serving.machine.memory import available_bytes
 
-# Of the free memory.  A pass that opens blocks holds their keys and values a second time, and logits need room too.
-SHARE = 0.4
+# Of the free memory.  A pass that opens blocks holds their keys and values a second time; logits have theirs.
+SHARE, LOGITS_SHARE = 0.4, 0.15
+LOGIT_BYTES = 4
 
 
 def count_token_bytes(reference: Reference, *models: Llada) -> int:
@@ -23,8 +24,18 @@ def find_room(token_bytes: int, device: torch.device) -> int | None:
     """Find how many tokens fit into the device's free memory; None where nothing is kept of them."""
     if not token_bytes:
         return None
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-    return max(1, int(SHARE * free) // token_bytes)
+    return max(1, int(SHARE * _find_free(device)) // token_bytes)
+
+
+def find_logit_room(reference: Reference, vocabulary: int, models: int, device: torch.device) -> int:
+    """Find how many positions of open blocks may get logits in a pass, of a model and perhaps its draft."""
+    # As a model gives them and in float32, with guidance twice; the last ones are kept for proposals.
+    copies = 2 * models * (2 if reference.guidance else 1) + 1
+    return max(1, int(LOGITS_SHARE * _find_free(device)) // (copies * LOGIT_BYTES * vocabulary))
+
+
+def _find_free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def _count(model: Llada) -> int:

@@ -65,6 +65,7 @@ def run(options: ServerOptions) -> int:
             running=options.max_num_seqs,
             waiting=options.max_waiting,
             tokens=served.room,
+            open_positions=served.open_room,
         ),
         on_death=end,
     )

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from laguna_serve.plugins.diffusion.checkpoint import LladaConfig, read_config, read_object, read_stored_dtype
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Cache, Evenly, PerStep, Reference, Schedule, Threshold
-from laguna_serve.plugins.diffusion.engine.room import count_token_bytes, find_room
+from laguna_serve.plugins.diffusion.engine.room import count_token_bytes, find_logit_room, find_room
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.low_precision import quantise
 from laguna_serve.plugins.diffusion.model import Llada, load_model
@@ -52,6 +52,7 @@ class Served:
         max_model_len: tokens of prompt and canvas together.
         vocab_size: ids are below it.
         room: tokens of all requests that share passes; None: as many as there are.
+        open_room: positions of the blocks that are open in a pass, whose logits need room; None: as many.
     """
 
     decoder: Decoder
@@ -61,6 +62,7 @@ class Served:
     max_model_len: int
     vocab_size: int
     room: int | None = None
+    open_room: int | None = None
 
 
 def load(options: ServerOptions) -> Served:
@@ -77,6 +79,7 @@ def load(options: ServerOptions) -> Served:
     if options.max_model_len is not None and options.max_model_len > config.max_sequence_length:
         most = f"at most {config.max_sequence_length}, the model's own"
         raise DiffusionError(f"--max-model-len: expected {most}, got {options.max_model_len}; lower it")
+    options.check_block(config.max_sequence_length)
     reference = make_reference(options)
     speculation = draft = None
     if options.proposed_states:
@@ -94,8 +97,10 @@ def load(options: ServerOptions) -> Served:
             speculation = draft = None
             del proposer  # its weights make room for others
     decoder = Decoder(predictor, reference, (), speculation, keeps=speculation is not None)
-    token_bytes = count_token_bytes(reference, target, *([] if draft is None else [draft]))
-    room = find_room(token_bytes, target.embedding.weight.device)
+    models = [target, *([] if draft is None else [draft])]
+    device_used = target.embedding.weight.device
+    room = find_room(count_token_bytes(reference, *models), device_used)
+    open_room = find_logit_room(reference, config.vocab_size, len(models), device_used)
     return Served(
         decoder=decoder,
         texts=texts,
@@ -104,6 +109,7 @@ def load(options: ServerOptions) -> Served:
         max_model_len=options.max_model_len or config.max_sequence_length,
         vocab_size=config.vocab_size,
         room=room and (options.max_cached_tokens or room),
+        open_room=max(open_room, options.block_length),
     )
 
 

@@ -113,6 +113,13 @@ class ServerOptions:
                 f"--proposer {self.proposer}: expected --proposals beside it, got none; name the folder"
             )
 
+    def check_block(self, longest: int) -> None:
+        """Raise DiffusionError where a block leaves no room for a prompt; `longest`: of the model's sequences."""
+        longest = min(longest, self.max_model_len or longest)
+        if self.block_length >= longest:
+            expected = f"expected fewer than {longest}, the longest sequence of prompt and answer"
+            raise DiffusionError(f"--block-length: {expected}, got {self.block_length}; lower it")
+
     @property
     def chosen_proposer(self) -> str:
         """What proposes, by its name in PROPOSERS."""

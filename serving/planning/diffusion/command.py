@@ -58,7 +58,9 @@ def build_diffusion_command(config: EngineConfig, model: DiffusionModel, port: i
     command += ["--seed", str(config.seed)]
     command += config.extra_args
     try:
-        require_torchao(parse_options(command).draft_weights)
+        options = parse_options(command)
+        options.check_block(model.max_model_len)
+        require_torchao(options.draft_weights)
     except DiffusionError as error:
         raise CheckpointError(str(error)) from None
     return [sys.executable, "-m", SERVER_MODULE, *command]

@@ -87,11 +87,19 @@ def serving(
     running: int = 16,
     waiting: int = 64,
     tokens: int | None = None,
+    positions: int | None = None,
     on_death: Callable[[], None] | None = None,
 ) -> Iterator[Engine]:
     decoder = decoder or make_decoder("dual", Chain(make_drafted()))
     metrics = EngineMetrics("toy", speculates=decoder.speculation is not None)
-    limits = Limits(sequence=160, vocabulary=VOCABULARY, running=running, waiting=waiting, tokens=tokens)
+    limits = Limits(
+        sequence=160,
+        vocabulary=VOCABULARY,
+        running=running,
+        waiting=waiting,
+        tokens=tokens,
+        open_positions=positions,
+    )
     engine = Engine(decoder, metrics, limits, on_death=on_death)
     engine.start()
     try:
@@ -199,10 +207,17 @@ def test_the_queue_is_bounded(gate: Gate) -> None:
 
 
 @pytest.mark.slow
-def test_admission_keeps_to_the_room(gate: Gate) -> None:
-    """Twelve tokens each in room for thirty: two at a time, in their order."""
+@pytest.mark.parametrize(
+    ("room", "refusal"),
+    [
+        ({"tokens": 30}, "expected at most 30 tokens of prompt and canvas, got 4 and 32"),
+        ({"positions": 20}, "block_length: expected at most 20, whose logits have room in memory, got 32; lower it"),
+    ],
+)
+def test_admission_keeps_to_the_room(gate: Gate, room: dict[str, int], refusal: str) -> None:
+    """Twelve tokens each in room for thirty, or blocks of eight in room for twenty: two at a time, in their order."""
     requests = [Request(Canvas((7, 8, 9, 10 + n), 8, 8, MASK), Reference(cache="dual")) for n in range(5)]
-    with serving(tokens=30) as engine:
+    with serving(**room) as engine:  # type: ignore[arg-type]
         streams = submit(engine, *requests)
         gate.wait()
         gate.let.release()
@@ -210,8 +225,8 @@ def test_admission_keeps_to_the_room(gate: Gate) -> None:
         assert (read(engine, "num_requests_running"), read(engine, "num_requests_waiting")) == (2, 3)
         gate.free()
         assert [stream.read_end()[0] for stream in streams] == [decode_alone(request) for request in requests]
-        with pytest.raises(DiffusionError, match="expected at most 30 tokens of prompt and canvas, got 4 and 32"):
-            submit(engine, Request(Canvas((7, 8, 9, 10), 32, 8, MASK), Reference(cache="dual")))
+        with pytest.raises(DiffusionError, match=refusal):
+            submit(engine, Request(Canvas((7, 8, 9, 10), 32, 32, MASK), Reference(cache="dual")))
 
 
 def test_draining_finishes_what_is_there(gate: Gate) -> None:

@@ -12,7 +12,8 @@ from tiny_llada import END, END_OF_TURN, write_llada
 from laguna_serve.plugins.diffusion.checkpoint import read_config
 from laguna_serve.plugins.diffusion.decoding.canvas import Canvas
 from laguna_serve.plugins.diffusion.decoding.reference import Evenly, PerStep, Reference, Threshold
-from laguna_serve.plugins.diffusion.engine.room import count_token_bytes
+from laguna_serve.plugins.diffusion.engine import room
+from laguna_serve.plugins.diffusion.engine.room import count_token_bytes, find_logit_room
 from laguna_serve.plugins.diffusion.errors import DiffusionError
 from laguna_serve.plugins.diffusion.model import load_model
 from laguna_serve.plugins.diffusion.proposing.graph import Graph
@@ -157,6 +158,26 @@ def test_room_is_for_what_is_kept(toy: Path, draft: Path) -> None:
     assert count_token_bytes(Reference(cache="dual", guidance=1.0), model, model) == 2 * 2 * 2 * 2 * 32 * 4
     assert all(1.6 < rooms[0] / room < 2.4 for room in rooms[1:])
     assert load(parse_options([str(toy), "--cache", "dual", "--max-cached-tokens", "99"])).room == 99
+
+
+def test_logits_of_open_blocks_need_room(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice each, and the last ones that proposals keep; a request of the server's own block is always taken."""
+    monkeypatch.setattr(room, "available_bytes", lambda: 2_000_000)
+    cpu = torch.device("cpu")
+    assert find_logit_room(Reference(), 100, 1, cpu) == 300_000 // (3 * 400)
+    assert find_logit_room(Reference(guidance=1.0), 100, 2, cpu) == 300_000 // (9 * 400)
+    assert find_logit_room(Reference(), 10**9, 1, cpu) == 1
+    monkeypatch.setattr(room, "available_bytes", lambda: 1)
+    assert load(parse_options([str(toy), "--block-length", "16"])).open_room == 16
+
+
+def test_a_block_that_leaves_no_room_for_a_prompt_is_refused_at_the_start(toy: Path) -> None:
+    """Every request of the server's own block was refused instead."""
+    for flags, longest in (([], 256), (["--max-model-len", "64"], 64)):
+        options = parse_options([str(toy), *flags, "--block-length", "256"])
+        expected = f"--block-length: expected fewer than {longest}, the longest sequence .*, got 256; lower it"
+        with pytest.raises(DiffusionError, match=expected):
+            load(options)
 
 
 def test_what_does_not_fit_is_refused(toy: Path, draft: Path, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"extra_args": ("--threshold", "0.5", "--tokens-per-step", "2")}, "schedule: expected one of them"),
     ({"extra_args": ("--proposer", "draft")}, "--proposer draft: expected --draft beside it"),
     ({"extra_args": ("--block-length", "0")}, "--block-length: expected at least 1"),
+    ({"extra_args": ("--block-length", "256")}, "--block-length: expected fewer than 256, the longest sequence"),
 ]
 
 
