@@ -36,7 +36,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, make_out
+from laguna_serve.serving.kit.run_dir import check_out, hold_out
 
 DESCRIPTION = "Measure a baseline and a candidate vLLM engine on the same prompts, paired: speed and equality."
 
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(argv, compare, show=render_text, line=LINE, judge=judge)
 
 
+@hold_out
 def compare(config: AbConfig) -> AbResult:
     """Run both arms, write ab.json, ab.md and ab.png to `config.out`, and return the result.
 
@@ -128,7 +129,6 @@ def compare(config: AbConfig) -> AbResult:
             that it is partial, and why.
     """
     plan, specs = prepare(config)
-    make_out(config.out)
     environment = read_environment(current_argv())
     load = OtherLoad()
     progress = Progress()

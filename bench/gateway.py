@@ -30,7 +30,7 @@ from laguna_serve.serving.kit.environment import OtherLoad, current_argv, read_e
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import make_out
+from laguna_serve.serving.kit.run_dir import hold_out
 from laguna_serve.serving.planning.launch import require_port
 
 __all__ = ["GatewayBenchConfig", "GatewayBenchResult", "main", "measure_gateway"]
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@hold_out
 def measure_gateway(config: GatewayBenchConfig) -> GatewayBenchResult:
     """Measure every path, and write gateway.json and gateway.md to `config.out`.
 
@@ -63,7 +64,6 @@ def measure_gateway(config: GatewayBenchConfig) -> GatewayBenchResult:
             no whole stream in a round; the loads before are in the files.
     """
     progress, environment, load = Progress(), read_environment(current_argv()), OtherLoad()
-    make_out(config.out)
     with start_paths(config, progress) as paths:
         loads = []
         for streams, at_once in list_loads(config):

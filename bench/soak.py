@@ -24,7 +24,7 @@ from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import make_out
+from laguna_serve.serving.kit.run_dir import hold_out
 
 __all__ = ["SoakConfig", "SoakResult", "main", "soak"]
 EXAMPLES = """
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@hold_out
 def soak(config: SoakConfig) -> SoakResult:
     """Start gateway and engines, send the load, and write soak.json and soak.md to `config.out`.
 
@@ -52,7 +53,6 @@ def soak(config: SoakConfig) -> SoakResult:
         EngineError: an engine or the gateway did not start.
     """
     environment = read_environment(current_argv())
-    make_out(config.out)
     with ExitStack() as stack:
         engines = [find_port("127.0.0.1") for _ in range(2)]
         for port in engines:

@@ -32,7 +32,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import BoundedConfig, Flag
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
-from laguna_serve.serving.kit.run_dir import check_out, make_out
+from laguna_serve.serving.kit.run_dir import hold_out
 from laguna_serve.serving.planning.launch import check_launches
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(argv, prove, show=render_text, judge=lambda result: HELD if result.held else FELL_SHORT)
 
 
+@hold_out
 def prove(config: ClusterBenchConfig) -> ClusterResult:
     """Run all parts, and write cluster.json and cluster.md to `config.out`.
 
@@ -84,7 +85,6 @@ def prove(config: ClusterBenchConfig) -> ClusterResult:
     except ModuleNotFoundError as error:
         remedy = "run it by .venv-ray/bin/python (bash scripts/client_env.sh ray makes it)"
         raise CommandError(f"bench/cluster: expected Ray and OpenAI's client, got no {error.name}; {remedy}") from None
-    check_out(config.out)
     progress, load, environment = Progress(), OtherLoad(), read_environment(current_argv())
     prompts = [prompt.text for prompt in split_prompts(load_texts(config.prompts), config.num_prompts, 0)[0]]
     engine = make_engine(config, config.model)
@@ -93,7 +93,6 @@ def prove(config: ClusterBenchConfig) -> ClusterResult:
     check_launches([engine])
     with tempfile.TemporaryDirectory(prefix="laguna-cluster-") as temporary:
         swapped = write_swapped(config.model, Path(temporary, "swapped"))
-        make_out(config.out)
         progress.say("one engine by itself")
         expected, alone = ask_engine(config, config.model, prompts)
         expected_swapped, _ = ask_engine(config, swapped, prompts)

@@ -25,7 +25,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, Quick, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, make_out
+from laguna_serve.serving.kit.run_dir import hold_out
 
 if TYPE_CHECKING:
     from laguna_serve.bench.diffusion.arms import Arms, Timed
@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@hold_out
 def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     """Measure every proposer at every concurrency, and write diffusion.json and diffusion.md to `config.out`.
 
@@ -123,7 +124,6 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     """
     from laguna_serve.bench.diffusion.arms import TARGET, Arms, find_learnt
 
-    check_out(config.out)
     given = [prompt.text for prompt in load_texts(config.prompts)]
     texts = choose_prompts(given, config.num_prompts, find_learnt(config.proposals, config.model, given))
     arms = Arms(
@@ -139,7 +139,6 @@ def measure_proposals(config: DiffusionConfig) -> DiffusionResult:
     for weights in [*config.draft_weights, TARGET]:  # whatever a device does not take is refused before anything runs
         arms.load_draft(weights)
     canvases = arms.make_canvases(texts, config.canvas, config.block)
-    make_out(config.out)
     environment, progress, load = read_environment(current_argv()), Progress(), OtherLoad()
     arms.decode(canvases[:1], None, 0)
     points: list[ProposerPoint] = []

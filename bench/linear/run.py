@@ -26,7 +26,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import ANY, MOST_THREADS, Flag, FlagError, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import make_out
+from laguna_serve.serving.kit.run_dir import hold_out
 from laguna_serve.serving.kit.tables import INTERRUPTED_RUN, Table
 from laguna_serve.serving.machine.rates import LIMITS
 
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@hold_out
 def time_linear(config: LinearConfig) -> LinearResult:
     """Measure every row, and write linear.json and linear.md to `config.out`.
 
@@ -112,7 +113,6 @@ def time_linear(config: LinearConfig) -> LinearResult:
     shapes = tuple((int(shape.partition("x")[0]), int(shape.partition("x")[2])) for shape in config.shapes)
     timing.require_memory(shapes, max(config.rows))
     path, torch_isa = timing.find_paths()
-    make_out(config.out)
     environment, progress, load = read_environment(current_argv()), Progress(), OtherLoad()
     rows: list[LinearRow] = []
     interrupted = False

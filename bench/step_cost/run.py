@@ -27,7 +27,7 @@ from laguna_serve.serving.kit.files import write_text
 from laguna_serve.serving.kit.flags import Flag, Quick
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_result
-from laguna_serve.serving.kit.run_dir import check_out, make_out
+from laguna_serve.serving.kit.run_dir import hold_out
 from laguna_serve.serving.kit.tables import Table
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.inspection import inspect
@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(argv, measure_steps, show=render_text, line=Brief(counted=("rounds", "token_rounds")))
 
 
+@hold_out
 def measure_steps(config: StepCostConfig) -> StepCostResult:
     """Decode every prompt on both engines, and write step_cost.json and step_cost.md to `config.out`.
 
@@ -97,14 +98,12 @@ def measure_steps(config: StepCostConfig) -> StepCostResult:
         PromptsError: the prompts file cannot be used.
         EngineError: an engine did not start, or died.
     """
-    check_out(config.out)
     prompts, _ = split_prompts(load_texts(config.prompts), config.num_prompts, 0)
     engines = [config.make_engine(drafting=drafting) for drafting in (False, True)]
     for engine in engines:
         check_answers(engine, config.max_tokens)
     check_launches(engines)
     gamma = inspect(engines[1]).gamma
-    make_out(config.out)
     environment, progress, load = read_environment(current_argv()), Progress(), OtherLoad()
     progress.say("starting an engine without the drafter, and one with it")
     with (

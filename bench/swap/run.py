@@ -41,7 +41,7 @@ from laguna_serve.serving.kit.files import expand, write_text
 from laguna_serve.serving.kit.flags import Flag, FlagError, Quick, check_bounds
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import JsonObject, write_result
-from laguna_serve.serving.kit.run_dir import check_out, make_out
+from laguna_serve.serving.kit.run_dir import hold_out
 from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.planning.launch import check_launches, require_device
 
@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(argv, measure_swaps, show=render_text, line=Brief())
 
 
+@hold_out
 def measure_swaps(config: SwapConfig) -> SwapResult:
     """Ask both models in every situation, round after round; write swap.json and swap.md to `config.out`.
 
@@ -137,12 +138,10 @@ def measure_swaps(config: SwapConfig) -> SwapResult:
     device = require_device()
     if config.sleep_level and device.kind == "cpu":
         raise FlagError("--sleep-level: expected a GPU, got a CPU, on which vLLM's engines do not sleep; leave it out")
-    check_out(config.out)
     engines = [make_engine_config(name, config.make_table(model, name)) for name, model in config.names.items()]
     for engine in engines:
         check_answers(engine, config.max_tokens)
     check_launches(engines)
-    make_out(config.out)
     measured = _Run(config)
     environment, load, progress = read_environment(current_argv()), OtherLoad(), Progress()
     parts = [measured.ask_by_turns, measured.restart, *([measured.wake] if config.sleep_level else [])]

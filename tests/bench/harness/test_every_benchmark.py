@@ -50,14 +50,17 @@ BENCHMARKS: dict[str, list[str]] = {
     "swap.run": ["--model", str(TOY / "teacher"), "--model", str(TOY / "dense")],
 }
 
-# Those whose folders the same command goes on with.
-RESUMED = ("certify", "exactness.__main__", "fuzz", "gamma_sweep", "moe", "prefix_cache", "rollouts", "sampling")
 IMPORTS_VLLM = ("diffusion.run", "moe_tuning.__main__")
+# Of one every sweep has its folder, one has its own test, and the others compute for seconds and then write.
+TOGETHER = ("acceptance.__main__", "campaign", "moe_tuning.__main__", "routing.__main__")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in IMPORTS_VLLM)) for name in BENCHMARKS]
-)
+def marked(name: str) -> Any:
+    """Mark a benchmark whose import takes seconds as slow."""
+    return pytest.param(name, marks=[pytest.mark.slow] * (name in IMPORTS_VLLM))
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in BENCHMARKS])
 def test_a_folder_that_cannot_be_one_is_refused_with_what_to_do(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,9 +76,9 @@ def test_a_folder_that_cannot_be_one_is_refused_with_what_to_do(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", [marked(name) for name in BENCHMARKS if name not in TOGETHER])
 def test_a_second_run_is_kept_out_at_once(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It wrote to the same files, and the first one ended when it noticed, or nobody did."""
+    """It wrote to the same files and logs, and the first one ended when it noticed, or nobody did."""
     main = importlib.import_module(f"laguna_serve.bench.{name}").main
     with hold_folder(tmp_path / "out"):
         assert main([*BENCHMARKS[name], "--out", str(tmp_path / "out")]) == 2

@@ -18,6 +18,7 @@ from laguna_serve.evals.harnesses.code_suites import PACKAGED, choose_max_tokens
 from laguna_serve.evals.harnesses.lm_eval import Target
 from laguna_serve.evals.harnesses.settings import choose_suites, load_suites
 from laguna_serve.evals.problems.protocols import PROTOCOLS
+from laguna_serve.serving.kit.run_dir import hold_folder
 
 FILES = Path(__file__).resolve().parents[1] / "published"
 SUITES = load_suites()
@@ -67,6 +68,14 @@ def test_suites_name_their_prompt_form_and_thinking(run: Any, tmp_path: Path) ->
     assert status == 0
     assert {suite for suite, _ in list_rows(result)} >= {"humaneval-plus, raw", "humaneval-plus, chat, thinking"}
     assert seen[0]["max_tokens"] == 2048  # half of the context
+
+
+def test_a_second_run_of_a_suite_is_kept_out(run: Any, tmp_path: Path) -> None:
+    """Another suite of the same folder may run beside it."""
+    with hold_folder(tmp_path / "out" / "humaneval-plus-raw"):
+        status, _, seen, output = run("humaneval-plus", lambda _: "    return 1\n")
+    assert (status, seen) == (2, [])
+    assert "humaneval-plus-raw: expected to write alone, got another run at it" in output
 
 
 @pytest.mark.slow
