@@ -31,7 +31,7 @@ class Acceptance:
         self.successes = [0.0] * width
         self.chances = [UNKNOWN] * width
         self._sums = [0.0] * (width + 1)
-        self._survivals: dict[int, list[float]] = {}
+        self._survivals: dict[tuple[int, int], list[float]] = {}
         self._step = 0
         self._estimate()
 
@@ -53,15 +53,19 @@ class Acceptance:
         """Return the successes that were to be expected of the tries of such a draft."""
         return self._sums[min(accepted + 1, drafted)]
 
-    def survivals(self, factor: int) -> list[float]:
-        """Return for each number of tokens, from 1 on, the chance that all are accepted, for a (rounded) factor."""
-        survivals = self._survivals.get(factor)
+    def survivals(self, factor: int, room: int) -> list[float]:
+        """Return for each number of tokens, from 1 on, the chance that all are accepted and of use; not to be changed.
+
+        `factor`: the request's, rounded; `room`: the most tokens that it has a use for, 0 to the width.  It is the same
+        list for the same of both, until something is observed.
+        """
+        survivals = self._survivals.get((factor, room))
         if survivals is None:
-            scale, survival, survivals = math.exp(factor * FACTOR_STEP), 1.0, []
-            for chance in self.chances:
-                survival *= min(MOST, chance * scale)
-                survivals.append(survival)
-            self._survivals[factor] = survivals
+            scale, survival, survivals = math.exp(factor * FACTOR_STEP), 1.0, [0.0] * len(self.chances)
+            for position in range(room):
+                survival *= min(MOST, self.chances[position] * scale)
+                survivals[position] = survival
+            self._survivals[factor, room] = survivals
         return survivals
 
     def _estimate(self) -> None:
@@ -92,6 +96,8 @@ class OwnAcceptance:
 
     def find_factor(self, step: int) -> int:
         """Return the request's factor, as a power of FACTOR_STEP's base."""
+        if not self.expected:
+            return 0
         idle = step - self.drafted_at - 2  # drafted for, verified, decided: no step without
         weight = math.exp(-idle / MEMORY_IDLE) if idle > 0 else 1.0
         factor = (self.successes * weight + SHARED_SUCCESSES) / (self.expected * weight + SHARED_SUCCESSES)

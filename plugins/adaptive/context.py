@@ -2,9 +2,9 @@
 
 A DFlash drafter attends to keys and values of its own, made of the target's hidden states.  In a step without drafts
 they are not needed yet, and making them costs as much as a small model's prompts do by some percent.  So the hidden
-states wait here with their positions and slots: those of a request that ends before anything is drafted are dropped,
-the others written together, before the next pass of the drafter, before their blocks may be read through the prefix
-cache, and when many wait.
+states wait here with their positions and slots.  Those that nobody can read any more when a request ends are dropped;
+the others are written together, before the next pass of the drafter, before their blocks may be read through the prefix
+cache or change hands, and when many wait.
 
 Checked against vLLM 0.32.0 (`DFlashProposer.build_model_inputs_first_pass`).
 """
@@ -12,12 +12,12 @@ Checked against vLLM 0.32.0 (`DFlashProposer.build_model_inputs_first_pass`).
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from laguna_serve.plugins.drafting.context import store_taps
@@ -27,19 +27,12 @@ from laguna_serve.plugins.repairs.row_counts import pad
 # cleared away yet comes on top: at most so many times as much.
 MOST_ROWS, MOST_BYTES, LEAST_ROWS = 16384, 128 << 20, 512
 MOST_DROPPED = 2
+# Room for so many rows is kept when all are written.
+KEPT_ROWS = 2048
 # Written rows after which what they took weighs a third.
 MEMORY_ROWS = 1024.0
 
-
-@dataclass(slots=True)
-class _Step:
-    """Rows of a step, the `number`-th: hidden states, positions, slots, and whose each is."""
-
-    number: int
-    states: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    owners: list[str]
+Mask = npt.NDArray[np.bool_]
 
 
 class WaitingContext:
@@ -48,25 +41,25 @@ class WaitingContext:
     def __init__(self) -> None:
         self.row_s = 0.0
         self._written = self._write_s = 0.0
-        self._steps: list[_Step] = []
-        self._number = 0
-        self._rows: Counter[str] = Counter()
-        # Of what was dropped: the last step whose rows went, by request, and how many are not cleared away yet.
-        self._dropped: dict[str, int] = {}
-        self._lost = 0
+        # Of each row, in the order in which they came; the first `_end` places are taken, `_lost` of them by dropped
+        # or written ones, which are not alive.
+        self._end = self._lost = 0
+        self._allocate(0, torch.empty(0, 0))
+        # Request → its number among the owners; one that begins anew after it was dropped has another.
+        self._numbers: dict[str, int] = {}
+        self._next = 0
 
     @property
     def rows(self) -> int:
         """How many rows wait."""
-        return self._rows.total()
+        return self._end - self._lost
 
     @property
     def is_full(self) -> bool:
         """Whether they should be written, as too many wait."""
-        if not self._steps:
+        if not self._end:
             return False
-        states = self._steps[0].states
-        most = max(LEAST_ROWS, MOST_BYTES // (states.shape[1] * states.element_size()))
+        most = max(LEAST_ROWS, MOST_BYTES // (self._states.shape[1] * self._states.element_size()))
         return self.rows >= min(MOST_ROWS, most)
 
     def add(
@@ -74,7 +67,7 @@ class WaitingContext:
         taps: Sequence[torch.Tensor],
         positions: torch.Tensor,
         slots: torch.Tensor,
-        owners: list[str],
+        owners: Sequence[str],
         kept: torch.Tensor | None,
     ) -> None:
         """Let a step's rows wait.
@@ -82,62 +75,97 @@ class WaitingContext:
         taps: each [≥ rows, hidden]; positions and slots [rows], buffers of the runner that the next step overwrites;
         owners: the request of each row; kept: the rows that hold committed tokens, None for all.
         """
-        rows = positions.shape[0]
-        states = torch.cat([tap[:rows] for tap in taps], dim=-1)
-        self._number += 1
-        if kept is None:
-            step = _Step(self._number, states, positions.clone(), slots.clone(), owners)
-        else:
-            step = _pick(_Step(self._number, states, positions, slots, owners), kept.tolist())
-        self._steps.append(step)
-        self._rows.update(step.owners)
+        rows = positions.shape[0] if kept is None else kept.shape[0]
+        self._make_room(rows, taps)
+        place = slice(self._end, self._end + rows)
+        into = self._states[place].split([tap.shape[1] for tap in taps], dim=1)
+        for target, source in (
+            (self._positions[place], positions),
+            (self._slots[place], slots),
+            *zip(into, taps, strict=True),
+        ):
+            target.copy_(source[:rows] if kept is None else source[kept])
+        numbers = [self._number(owner) for owner in owners]
+        self._owners[place] = numbers if kept is None else np.array(numbers)[kept.numpy()]
+        self._alive[place] = True
+        self._end += rows
 
-    def drop(self, requests: Iterable[str]) -> None:
-        """Forget the rows of requests that have ended, or begin anew.
+    def _number(self, owner: str) -> int:
+        number = self._numbers.get(owner)
+        if number is None:
+            number = self._numbers[owner] = self._next
+            self._next += 1
+        return number
 
-        They are cleared away once they are twice as many as those that wait, which are copied for it.
+    def _make_room(self, rows: int, taps: Sequence[torch.Tensor]) -> None:
+        """Have places for so many more rows."""
+        needed = self._end + rows
+        if needed > len(self._alive):
+            places = max(LEAST_ROWS, 1 << (needed - 1).bit_length())
+            self._allocate(places, taps[0].new_empty(0, sum(tap.shape[1] for tap in taps)))
+
+    def _allocate(self, places: int, like: torch.Tensor) -> None:
+        """Have so many places, with what is in those that are taken; hidden states are `like` these."""
+        end = self._end
+        states, positions, slots = like.new_empty(places, like.shape[1]), *torch.empty(2, places, dtype=torch.int64)
+        owners, alive = np.empty(places, np.int64), np.empty(places, np.bool_)
+        if end:
+            states[:end], positions[:end], slots[:end] = self._states[:end], self._positions[:end], self._slots[:end]
+            owners[:end], alive[:end] = self._owners[:end], self._alive[:end]
+        self._states, self._positions, self._slots = states, positions, slots
+        self._owners, self._alive = owners, alive
+
+    def end(self, model: Any, requests: Mapping[str, int]) -> None:
+        """Settle the rows of requests that have ended, or begin anew, each with the position from which nobody reads.
+
+        Those from there on are dropped, the others written.  Dropped rows are cleared away once they are twice as many
+        as those that wait, which are copied for it.
         """
-        for request in requests:
-            if rows := self._rows.pop(request, 0):
-                self._dropped[request] = self._number
-                self._lost += rows
+        written = np.zeros(self._end, np.bool_)
+        for request, first in requests.items():
+            if (number := self._numbers.pop(request, None)) is not None:
+                theirs = self._alive[: self._end] & (self._owners[: self._end] == number)
+                unread = theirs & (self._positions[: self._end].numpy() >= first)
+                self._lose(unread)
+                written |= theirs & ~unread
+        if written.any():
+            self._write(model, written)
         if self._lost > max(LEAST_ROWS, MOST_DROPPED * self.rows):
             self._clear_away()
 
+    def _lose(self, rows: Mask) -> None:
+        """Take rows out of those that wait."""
+        self._alive[: self._end] &= ~rows
+        self._lost += int(rows.sum())
+
     def _clear_away(self) -> None:
-        """Leave what was dropped out of the steps."""
-        left = []
-        for step in self._steps:
-            kept = [row for row, owner in enumerate(step.owners) if self._dropped.get(owner, 0) < step.number]
-            if len(kept) == len(step.owners):
-                left.append(step)
-            elif kept:
-                left.append(_pick(step, kept))
-        self._steps = left
-        self._dropped.clear()
-        self._lost = 0
+        """Move the rows that wait together."""
+        kept = np.flatnonzero(self._alive[: self._end])
+        rows, index = len(kept), torch.from_numpy(kept)
+        for each in (self._states, self._positions, self._slots):
+            each[:rows] = each[index]
+        self._owners[:rows] = self._owners[kept]
+        self._alive[:rows] = True
+        self._end, self._lost = rows, 0
 
     def write(self, model: Any) -> None:
         """Make keys and values of all rows with the drafter's model, and store them."""
-        if self._lost:
-            self._clear_away()
-        if not self._steps:
-            return
-        begin, rows = perf_counter(), self.rows
-        again = [_pick(self._steps[-1], [-1] * (pad(rows) - rows))]  # the last row, to a number that comes again
-        states, positions, slots = (
-            torch.cat([getattr(step, name) for step in self._steps + again])
-            for name in ("states", "positions", "slots")
-        )
-        self._steps = []
-        self._rows.clear()
-        store_taps(model, states, positions, slots)
+        if self.rows:
+            self._write(model, self._alive[: self._end].copy())
+        self._end = self._lost = 0
+        self._numbers.clear()
+        if len(self._alive) > KEPT_ROWS:
+            self._allocate(0, self._states)
+
+    def _write(self, model: Any, chosen: Mask) -> None:
+        """Make keys and values of some rows, and store them; they wait no more."""
+        begin = perf_counter()
+        found = np.flatnonzero(chosen)
+        rows = len(found)
+        found = np.pad(found, (0, pad(rows) - rows), mode="edge")  # the last row, to a number that comes again
+        index = torch.from_numpy(found)
+        store_taps(model, self._states[index], self._positions[index], self._slots[index])
+        self._lose(chosen)
         keep = math.exp(-rows / MEMORY_ROWS)
         self._written, self._write_s = self._written * keep + rows, self._write_s * keep + perf_counter() - begin
         self.row_s = self._write_s / self._written
-
-
-def _pick(step: _Step, kept: list[int]) -> _Step:
-    """Copy some rows of a step."""
-    rows, owners = torch.tensor(kept, dtype=torch.int64), [step.owners[row] for row in kept]
-    return _Step(step.number, step.states[rows], step.positions[rows], step.slots[rows], owners)

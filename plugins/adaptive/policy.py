@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 from laguna_serve.plugins.adaptive.acceptance import Acceptance, OwnAcceptance
 from laguna_serve.plugins.adaptive.costs import FIRST, Measured, StepCosts, find_bucket
-from laguna_serve.plugins.adaptive.prospect import PLAIN, Decision, Prospect
+from laguna_serve.plugins.adaptive.prospect import PLAIN, Decision, Prospect, count_alike
 from laguna_serve.plugins.adaptive.rows import round_rows
 
 # Of all time, for steps that are expected to lose; in the beginning more: this many steps' time divided by the steps
@@ -74,7 +74,7 @@ class Policy:
     _held: tuple[tuple[str, ...], int, float] = ((), 0, 0.0)
     # Least chance that a row is worth.
     _least: float = LEAST_CHANCE
-    # Of requests that have ended: tokens of their prompts and of their answers.
+    # Of requests that have ended: tokens of their prompts, as far as drafts alone need their context, and of answers.
     _prompts: float = 0.0
     _answers: float = 0.0
     # Decisions by the number of requests' bucket.
@@ -85,11 +85,15 @@ class Policy:
 
     def add(self, request: str, kind: object) -> None:
         """Get to know a request; those of one kind (their temperature, say) share what is known."""
-        shared = self._shared.setdefault(kind, Acceptance(self.width))
-        self._own[request] = OwnAcceptance(shared)
+        if kind not in self._shared:
+            self._shared[kind] = Acceptance(self.width)
+        self._own[request] = OwnAcceptance(self._shared[kind])
 
     def drop(self, request: str, prompt: int = 0, tokens: int = 0) -> None:
-        """Forget a request that has ended, after so many tokens of its own; one that is not known is no error."""
+        """Forget a request that has ended, after so many tokens of its own; one that is not known is no error.
+
+        `prompt`: the tokens of its prompt whose context is made for drafts alone.
+        """
         self._own.pop(request, None)
         if tokens:
             keep = 1 - 1 / MEMORY_ENDED
@@ -155,9 +159,11 @@ class Policy:
 
     def _look(self, requests: Sequence[str], waiting_s: float, room: Sequence[int] | None) -> Prospect:
         row_s = self.costs.draft.rate.value or self.row_s / self.costs.pace
+        survivals = self._find_survivals(requests, room)
         return Prospect(
             requests,
-            self._find_survivals(requests, room),
+            survivals,
+            count_alike(survivals),
             self.costs.verify.curve(len(requests)),
             self.costs.find_draft_curve(len(requests)),
             row_s * self._prompts / self._answers if self._answers else 0.0,
@@ -166,14 +172,11 @@ class Policy:
 
     def _find_survivals(self, requests: Sequence[str], room: Sequence[int] | None) -> list[list[float]]:
         """Each request's chances of so many tokens, 0 beyond its room; the same list for the same chances."""
-        survivals = []
-        for index, request in enumerate(requests):
-            own = self._own[request]
-            chances = own.shared.survivals(own.find_factor(self._step))
-            if room is not None and room[index] < self.width:
-                chances = [*chances[: max(0, room[index])], *[0.0] * self.width][: self.width]
-            survivals.append(chances)
-        return survivals
+        own = [self._own[request] for request in requests]
+        rooms = [self.width] * len(own) if room is None else [max(0, min(most, self.width)) for most in room]
+        return [
+            each.shared.survivals(each.find_factor(self._step), most) for each, most in zip(own, rooms, strict=True)
+        ]
 
     def _weigh(self, prospect: Prospect) -> Decision:
         verify, count = prospect.verify, len(prospect.requests)
@@ -188,8 +191,7 @@ class Policy:
         self._purse = min(self._purse + self._share * seconds, most)
         decision = self._explore(prospect, best, rate)
         if decision is None and best:
-            alike = {id(each): each for each in prospect.survivals}
-            counts = {key: sum(chance >= least for chance in each[:best]) for key, each in alike.items()}
+            counts = {id(each): sum(chance >= least for chance in each[:best]) for each, _ in prospect.alike}
             decision = Decision(best, round_rows([counts[id(each)] for each in prospect.survivals]))
         elif decision is None:
             decision = PLAIN
@@ -199,18 +201,15 @@ class Policy:
 
     def _find_best(self, prospect: Prospect, least: float) -> tuple[int, float, float]:
         """Find the width with the largest rate, of rows with a chance of at least `least`; that rate; and its time."""
-        groups: dict[int, tuple[Sequence[float], int]] = {}  # requests of the same chances
-        for each in prospect.survivals:
-            groups[id(each)] = (each, groups.get(id(each), (each, 0))[1] + 1)
         tokens, drafted = float(len(prospect.requests)), 0
         best, seconds = 0, prospect.verify[0]
         rate = tokens / seconds
         floor = rate * (1 + MARGIN)
         for width in range(1, self.width + 1):
-            for each, alike in groups.values():
+            for each, number in prospect.alike:
                 if each[width - 1] >= least:
-                    tokens += each[width - 1] * alike
-                    drafted += alike
+                    tokens += each[width - 1] * number
+                    drafted += number
             if not drafted:
                 break
             time = prospect.time(width, drafted)
@@ -262,7 +261,7 @@ class Policy:
         for width in range(1, self.width):
             if self.costs.draft.count(count, width) >= FIRST and self.costs.verify.count(count, width):
                 continue
-            tokens = count + sum(sum(each[:width]) for each in prospect.survivals)
+            tokens = prospect.count_tokens(width)
             hoped = verify[0] + (verify[-1] - verify[0]) * width / self.width
             hoped = min(hoped, self.costs.verify.hope(count, width))
             hoped += draft[-1] * (width + 1) / (self.width + 1)

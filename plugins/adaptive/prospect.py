@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from laguna_serve.plugins.adaptive.costs import read
+
+
+def count_alike(survivals: Sequence[Sequence[float]]) -> list[tuple[Sequence[float], int]]:
+    """Return each list, by its identity, and how often it is there."""
+    lists = {id(each): each for each in survivals}
+    return [(lists[key], number) for key, number in Counter(map(id, survivals)).items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +35,22 @@ PLAIN = Decision(0, ())
 class Prospect:
     """What a next step is expected to be: each request's chances of so many tokens, and times, all at pace 1.
 
-    `verify`, `draft`: seconds by drafted tokens per request and by width; `context_s`: of the prompts' context, per
-    token of the answers, where drafts are made; `waiting_s`: of what must be made up first, once.
+    `survivals`: the same list for the same chances; `alike`: each such list with the number of its requests; `verify`,
+    `draft`: seconds by drafted tokens per request and by width; `context_s`: of the prompts' context, per token of the
+    answers, where drafts are made; `waiting_s`: of what must be made up first, once.
     """
 
     requests: Sequence[str]
     survivals: Sequence[Sequence[float]]
+    alike: Sequence[tuple[Sequence[float], int]]
     verify: Sequence[float]
     draft: Sequence[float]
     context_s: float
     waiting_s: float
+
+    def count_tokens(self, width: int) -> float:
+        """Return the tokens to be expected of a step in which each request has so many drafts, its own counted."""
+        return len(self.requests) + sum(sum(each[:width]) * number for each, number in self.alike)
 
     def time(self, width: int, drafted: int) -> float:
         """Return the seconds of a step with so many drafted rows together, and of the pass before it."""

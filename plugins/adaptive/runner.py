@@ -15,7 +15,7 @@ Checked against vLLM 0.32.0: `propose_draft_token_ids`, `take_draft_token_ids`, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from time import perf_counter
 from typing import Any
@@ -61,12 +61,13 @@ class AdaptiveModelRunner(DraftingModelRunner):
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _tell_of_end(self, request: str) -> None:
-        """Tell the policy of an end, and of the context that drafts needed: beside a prefix cache it is made anyway."""
+        """Tell the policy of an end, and of how much of the prompt's context drafts alone needed."""
         state = self.requests.get(request)
-        if state is None or self.cache_config.enable_prefix_caching:
+        if state is None:
             self.policy.drop(request)
         else:
-            self.policy.drop(request, state.num_prompt_tokens, len(state.output_token_ids))
+            needed = max(0, state.num_prompt_tokens - self._find_unread(request))
+            self.policy.drop(request, needed, len(state.output_token_ids))
 
     @cached_property
     def _drafter_slides(self) -> bool:
@@ -75,19 +76,37 @@ class AdaptiveModelRunner(DraftingModelRunner):
         return any(isinstance(module, Attention) and module.sliding_window is not None for module in modules)
 
     def _care_for_context(self, scheduler_output: Any) -> None:
-        """Write, or forget, the context whose blocks may change hands in this step."""
+        """Write, or forget, the context whose blocks may change hands or be found in this step."""
         gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
         if self._drafter_slides:
             self._write_context()
-        elif not self.cache_config.enable_prefix_caching:
-            self._context.drop(gone)
-        elif gone or _finds_blocks(scheduler_output):
+            return
+        if gone:
+            unread = {request: self._find_unread(request) for request in gone}
+            self._pass_time(lambda: self._context.end(self.drafter.model, unread))
+        if self.cache_config.enable_prefix_caching and _finds_blocks(scheduler_output):
             self._write_context()
 
+    def _find_unread(self, request: str) -> int:
+        """Find the position of a request that ends from which on nobody can read its context any more.
+
+        The prefix cache finds whole blocks of tokens that are known, and nothing else.
+        """
+        if not self.cache_config.enable_prefix_caching:
+            return 0
+        state, block = self.requests.get(request), self.kv_cache_config.hash_block_size
+        if state is None or not block:
+            return self.max_model_len
+        return (state.num_prompt_tokens + len(state.output_token_ids)) // block * block
+
     def _write_context(self) -> None:
-        """Write what waits, which is no part of the step under way."""
+        """Write what waits."""
+        self._pass_time(lambda: self._context.write(self.drafter.model))
+
+    def _pass_time(self, act: Callable[[], None]) -> None:
+        """Do what is no part of the step under way."""
         begin = perf_counter()
-        self._context.write(self.drafter.model)
+        act()
         if self._step_under_way is not None:
             self._step_under_way.began += perf_counter() - begin
 

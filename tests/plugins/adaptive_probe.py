@@ -61,13 +61,13 @@ def main(toy: Path, drafter: Path, *, caching: bool) -> None:
         return proposed
 
     proposer.draft = draft
-    write, written = runner._context.write, [0]
+    write, written = runner._context._write, [0]
 
-    def count_written(model: Any) -> None:
-        written[0] += runner._context.rows
-        write(model)
+    def count_written(model: Any, chosen: Any) -> None:
+        written[0] += int(chosen.sum())
+        write(model, chosen)
 
-    runner._context.write = count_written
+    runner._context._write = count_written
     prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:6]]
     long = "".join(prompts)
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from laguna_serve.plugins.adaptive import context as waiting
-from laguna_serve.plugins.adaptive.context import LEAST_ROWS, MOST_DROPPED, MOST_ROWS, WaitingContext
+from laguna_serve.plugins.adaptive.context import KEPT_ROWS, LEAST_ROWS, MOST_DROPPED, MOST_ROWS, WaitingContext
 
 
 class Model:
@@ -51,36 +50,73 @@ def test_rows_of_who_has_gone_are_not_written_and_those_of_a_namesake_are() -> N
     add(context, 0, "aabc")
     add(context, 4, "bc")
     add(context, 6, "a")
-    context.drop(["a", "c", "nobody"])
+    context.end(model, {"a": 0, "c": 0, "nobody": 0})
     assert context.rows == 2
     add(context, 7, "a")  # begun anew, as after a preemption
     context.write(model)
     assert model.stored == [([2.0, 4.0, 7.0], [2, 4, 7], [102, 104, 107])]
     add(context, 9, "a")
-    context.drop(["a"])
+    context.end(model, {"a": 0})
     context.write(model)
     assert len(model.stored) == 1
 
 
+def test_rows_that_others_may_read_are_written_when_their_request_ends() -> None:
+    context, model = WaitingContext(), Model()
+    add(context, 0, "abab")
+    add(context, 4, "abc")
+    context.end(model, {"a": 3, "c": 0, "b": 9})
+    assert model.stored == [([0.0, 1.0, 2.0, 3.0, 5.0], [0, 1, 2, 3, 5], [100, 101, 102, 103, 105])]
+    assert context.rows == 0
+    context.write(model)
+    assert len(model.stored) == 1
+    add(context, 7, "ab")
+    context.end(model, {"a": 100})
+    assert model.stored[1:] == [([7.0], [7], [107])]
+    context.write(model)
+    assert model.stored[2:] == [([8.0], [8], [108])]
+
+
+def test_numbers_of_rows_come_again_where_many_are_written() -> None:
+    context, model = WaitingContext(), Model()
+    add(context, 0, "a" * 70)
+    context.write(model)
+    (_, positions, slots) = model.stored[0]
+    assert positions == [*range(70), *[69] * 10]
+    assert slots == [100 + position for position in positions]
+
+
 def test_requests_that_end_beside_long_ones_cost_a_copy_of_each_row_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred rows of one that goes on, and ten thousand of requests of ten rows, one of which ends in every step."""
-    context, model, pick, picked, kept = WaitingContext(), Model(), waiting._pick, [0], [0]
+    context, model, clear, copied, kept = WaitingContext(), Model(), WaitingContext._clear_away, [0], [0]
 
-    def count(step: Any, rows: list[int]) -> Any:
-        picked[0] += len(rows)
-        return pick(step, rows)
+    def count(context: WaitingContext) -> None:
+        clear(context)
+        copied[0] += context.rows
 
-    monkeypatch.setattr(waiting, "_pick", count)
+    monkeypatch.setattr(WaitingContext, "_clear_away", count)
     for number in range(1000):
         add(context, 11 * number, ("l" if number % 10 == 0 else "") + chr(1000 + number) * 10)
-        context.drop([chr(1000 + number)] if number % 3 else [])
-        kept.append(sum(len(step.owners) for step in context._steps))
+        context.end(model, {chr(1000 + number): 0} if number % 3 else {})
+        kept.append(context._end)
     alive = context.rows
     assert alive == 100 + 10 * 334
-    assert picked[0] < 10_100 / MOST_DROPPED
+    assert copied[0] < 10_100 / MOST_DROPPED
     assert max(kept) <= (1 + MOST_DROPPED) * alive + LEAST_ROWS
+    assert not model.stored
     context.write(model)
     assert len({slot for _, _, slots in model.stored for slot in slots}) == alive
+
+
+def test_room_for_many_rows_is_given_back() -> None:
+    context, model = WaitingContext(), Model()
+    add(context, 0, "a" * (KEPT_ROWS + 1))
+    assert len(context._states) > KEPT_ROWS
+    context.write(model)
+    assert len(context._states) == 0
+    add(context, 0, "ab")
+    context.write(model)
+    assert model.stored[-1] == ([0.0, 1.0], [0, 1], [100, 101])
 
 
 def test_so_many_wait_at_most() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +25,11 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return ran
 
 
-@pytest.mark.parametrize(("window", "expected"), [(128, ["write"]), (None, ["drop"])])
-def test_context_behind_a_drafters_window_is_written_before_its_blocks_are_others(
-    window: int | None, expected: list[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("window", "caching", "expected"),
+    [(128, False, ["write"]), (None, False, {"gone": 0}), (None, True, {"gone": 256, "new": 1000})],
+)
+def test_context_is_written_before_its_blocks_are_others(window: int | None, caching: bool, expected: object) -> None:
     """vLLM takes them back from requests that go on, and says so to nobody: of the target's own keys, even."""
     from vllm.model_executor.layers.attention import Attention
 
@@ -36,16 +38,27 @@ def test_context_behind_a_drafters_window_is_written_before_its_blocks_are_other
     attention = Attention.__new__(Attention)
     torch.nn.Module.__init__(attention)
     attention.sliding_window = window
-    done: list[str] = []
+    done: list[Any] = []
     runner = SimpleNamespace(
         drafter=SimpleNamespace(model=torch.nn.Sequential(torch.nn.Identity(), attention)),
-        cache_config=SimpleNamespace(enable_prefix_caching=False),
-        _context=SimpleNamespace(drop=lambda gone: done.append("drop")),
+        cache_config=SimpleNamespace(enable_prefix_caching=caching),
+        kv_cache_config=SimpleNamespace(hash_block_size=128),
+        requests={"gone": SimpleNamespace(num_prompt_tokens=200, output_token_ids=[1] * 100)},
+        max_model_len=1000,
+        _context=SimpleNamespace(end=lambda model, unread: done.append(unread)),
         _write_context=lambda: done.append("write"),
+        _pass_time=lambda act: act(),
     )
+    runner._find_unread = partial(AdaptiveModelRunner._find_unread, runner)
     runner._drafter_slides = AdaptiveModelRunner._drafter_slides.func(runner)
-    AdaptiveModelRunner._care_for_context(runner, SimpleNamespace(finished_req_ids=set(), preempted_req_ids=None))
-    assert done == expected
+    output = SimpleNamespace(
+        finished_req_ids={"gone"},
+        preempted_req_ids={"new"} if caching else None,
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+    )
+    AdaptiveModelRunner._care_for_context(runner, output)
+    assert done == (expected if window else [expected])
 
 
 def test_tokens_are_the_same_whatever_is_decided(report: dict[str, Any]) -> None:
