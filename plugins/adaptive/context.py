@@ -38,11 +38,17 @@ Mask = npt.NDArray[np.bool_]
 class WaitingContext:
     """Rows of hidden states on their way into the drafter's part of the KV cache; `row_s`: what writing one takes."""
 
+    # Of each row, in the order in which they came; the first `_end` places are taken, `_lost` of them by dropped or
+    # written ones, which are not alive.
+    _states: torch.Tensor
+    _positions: torch.Tensor
+    _slots: torch.Tensor
+    _owners: npt.NDArray[np.int64]
+    _alive: Mask
+
     def __init__(self) -> None:
         self.row_s = 0.0
         self._written = self._write_s = 0.0
-        # Of each row, in the order in which they came; the first `_end` places are taken, `_lost` of them by dropped
-        # or written ones, which are not alive.
         self._end = self._lost = 0
         self._allocate(0, torch.empty(0, 0))
         # Request → its number among the owners; one that begins anew after it was dropped has another.

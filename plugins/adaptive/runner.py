@@ -96,8 +96,8 @@ class AdaptiveModelRunner(DraftingModelRunner):
             return 0
         state, block = self.requests.get(request), self.kv_cache_config.hash_block_size
         if state is None or not block:
-            return self.max_model_len
-        return (state.num_prompt_tokens + len(state.output_token_ids)) // block * block
+            return int(self.max_model_len)
+        return int((state.num_prompt_tokens + len(state.output_token_ids)) // block * block)
 
     def _write_context(self) -> None:
         """Write what waits."""
