@@ -100,7 +100,7 @@ class AdaptiveModelRunner(DraftingModelRunner):
         return int((state.num_prompt_tokens + len(state.output_token_ids)) // block * block)
 
     def _write_context(self) -> None:
-        """Write what waits."""
+        """Write all that waits, outside of the step under way."""
         self._pass_time(lambda: self._context.write(self.drafter.model))
 
     def _pass_time(self, act: Callable[[], None]) -> None:
