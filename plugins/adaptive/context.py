@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -27,12 +28,24 @@ from laguna_serve.plugins.repairs.row_counts import pad
 # cleared away yet comes on top: at most so many times as much.
 MOST_ROWS, MOST_BYTES, LEAST_ROWS = 16384, 128 << 20, 512
 MOST_DROPPED = 2
+# Steps whose rows are put into their places together.
+MOST_STEPS = 64
 # Room for so many rows is kept when all are written.
 KEPT_ROWS = 2048
 # Written rows after which what they took weighs a third.
 MEMORY_ROWS = 1024.0
 
 Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class _Step:
+    """Rows of a step: the taps' hidden states, each [rows, hidden], positions, slots, and whose each is."""
+
+    taps: list[torch.Tensor]
+    positions: torch.Tensor
+    slots: torch.Tensor
+    owners: Sequence[str]
 
 
 class WaitingContext:
@@ -51,6 +64,9 @@ class WaitingContext:
         self._written = self._write_s = 0.0
         self._end = self._lost = 0
         self._allocate(0, torch.empty(0, 0))
+        # What came since rows were gathered last, and how many rows that is.
+        self._steps: list[_Step] = []
+        self._fresh = 0
         # Request → its number among the owners; one that begins anew after it was dropped has another.
         self._numbers: dict[str, int] = {}
         self._next = 0
@@ -58,14 +74,15 @@ class WaitingContext:
     @property
     def rows(self) -> int:
         """How many rows wait."""
-        return self._end - self._lost
+        return self._end - self._lost + self._fresh
 
     @property
     def is_full(self) -> bool:
         """Whether they should be written, as too many wait."""
-        if not self._end:
+        if not self._steps and not self._end:
             return False
-        most = max(LEAST_ROWS, MOST_BYTES // (self._states.shape[1] * self._states.element_size()))
+        taps = self._steps[0].taps if self._steps else [self._states]
+        most = max(LEAST_ROWS, MOST_BYTES // sum(tap.shape[1] * tap.element_size() for tap in taps))
         return self.rows >= min(MOST_ROWS, most)
 
     def add(
@@ -78,23 +95,38 @@ class WaitingContext:
     ) -> None:
         """Let a step's rows wait.
 
-        taps: each [≥ rows, hidden]; positions and slots [rows], buffers of the runner that the next step overwrites;
-        owners: the request of each row; kept: the rows that hold committed tokens, None for all.
+        taps: each [≥ rows, hidden], new in every step; positions and slots [rows], buffers of the runner that the next
+        step overwrites; owners: the request of each row; kept: the rows that hold committed tokens, None for all.
         """
-        rows = positions.shape[0] if kept is None else kept.shape[0]
-        self._make_room(rows, taps)
+        if kept is None:
+            rows = positions.shape[0]
+            step = _Step([tap[:rows] for tap in taps], positions.clone(), slots.clone(), owners)
+        else:
+            chosen = [owners[row] for row in kept.tolist()]
+            step = _Step([tap[kept] for tap in taps], positions[kept], slots[kept], chosen)
+        self._steps.append(step)
+        self._fresh += len(step.owners)
+        if len(self._steps) >= MOST_STEPS:
+            self._gather()
+
+    def _gather(self) -> None:
+        """Put what came since the last time into its places."""
+        steps, rows = self._steps, self._fresh
+        if not steps:
+            return
+        widths = [tap.shape[1] for tap in steps[0].taps]
+        if self._end + rows > len(self._alive):
+            places = max(LEAST_ROWS, 1 << (self._end + rows - 1).bit_length())
+            self._allocate(places, steps[0].taps[0].new_empty(0, sum(widths)))
         place = slice(self._end, self._end + rows)
-        into = self._states[place].split([tap.shape[1] for tap in taps], dim=1)
-        for target, source in (
-            (self._positions[place], positions),
-            (self._slots[place], slots),
-            *zip(into, taps, strict=True),
-        ):
-            target.copy_(source[:rows] if kept is None else source[kept])
-        numbers = [self._number(owner) for owner in owners]
-        self._owners[place] = numbers if kept is None else np.array(numbers)[kept.numpy()]
+        for tap, into in enumerate(self._states[place].split(widths, dim=1)):
+            into.copy_(torch.cat([step.taps[tap] for step in steps]))
+        self._positions[place] = torch.cat([step.positions for step in steps])
+        self._slots[place] = torch.cat([step.slots for step in steps])
+        self._owners[place] = [self._number(owner) for step in steps for owner in step.owners]
         self._alive[place] = True
         self._end += rows
+        self._steps, self._fresh = [], 0
 
     def _number(self, owner: str) -> int:
         number = self._numbers.get(owner)
@@ -102,13 +134,6 @@ class WaitingContext:
             number = self._numbers[owner] = self._next
             self._next += 1
         return number
-
-    def _make_room(self, rows: int, taps: Sequence[torch.Tensor]) -> None:
-        """Have places for so many more rows."""
-        needed = self._end + rows
-        if needed > len(self._alive):
-            places = max(LEAST_ROWS, 1 << (needed - 1).bit_length())
-            self._allocate(places, taps[0].new_empty(0, sum(tap.shape[1] for tap in taps)))
 
     def _allocate(self, places: int, like: torch.Tensor) -> None:
         """Have so many places, with what is in those that are taken; hidden states are `like` these."""
@@ -127,6 +152,7 @@ class WaitingContext:
         Those from there on are dropped, the others written.  Dropped rows are cleared away once they are twice as many
         as those that wait, which are copied for it.
         """
+        self._gather()
         written = np.zeros(self._end, np.bool_)
         for request, first in requests.items():
             if (number := self._numbers.pop(request, None)) is not None:
@@ -156,6 +182,7 @@ class WaitingContext:
 
     def write(self, model: Any) -> None:
         """Make keys and values of all rows with the drafter's model, and store them."""
+        self._gather()
         if self.rows:
             self._write(model, self._alive[: self._end].copy())
         self._end = self._lost = 0

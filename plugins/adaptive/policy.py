@@ -122,18 +122,25 @@ class Policy:
         `waiting_s`: what must be made up first, once, where something is drafted; `room`: the most drafts that each
         request has a use for before its end.
         """
-        self._step += 1
-        held, left, seconds = self._held
-        if left and held == tuple(requests):
-            self._held = (held, left - 1, seconds)
-            self._purse += self._share * seconds
-            self._plain_at = self._step
+        if self.holds(requests):
             return PLAIN
+        self._step += 1
         if not requests or self._begins(len(requests)):
             self._plain_at = self._step
             return PLAIN
         decision = self._warm_up(requests, room)
         return self._weigh(self._look(requests, waiting_s, room)) if decision is None else decision
+
+    def holds(self, requests: Sequence[str]) -> bool:
+        """Whether the last decision, for no drafts, holds for these requests still: then it is the next one, too."""
+        held, left, seconds = self._held
+        if not left or held != tuple(requests):
+            return False
+        self._step += 1
+        self._held = (held, left - 1, seconds)
+        self._purse += self._share * seconds
+        self._plain_at = self._step
+        return True
 
     def _warm_up(self, requests: Sequence[str], room: Sequence[int] | None) -> Decision | None:
         """Take the full width in an engine's first steps of few requests: what cold ones take says little."""

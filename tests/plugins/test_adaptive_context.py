@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from laguna_serve.plugins.adaptive.context import KEPT_ROWS, LEAST_ROWS, MOST_DROPPED, MOST_ROWS, WaitingContext
+from laguna_serve.plugins.adaptive.context import (
+    KEPT_ROWS,
+    LEAST_ROWS,
+    MOST_DROPPED,
+    MOST_ROWS,
+    MOST_STEPS,
+    WaitingContext,
+)
 
 
 class Model:
@@ -77,6 +84,16 @@ def test_rows_that_others_may_read_are_written_when_their_request_ends() -> None
     assert model.stored[2:] == [([8.0], [8], [108])]
 
 
+def test_many_steps_are_put_together() -> None:
+    context, model = WaitingContext(), Model()
+    for number in range(MOST_STEPS + 3):
+        add(context, 2 * number, "ab", kept=[0, 1] if number % 2 else None)
+    assert (context.rows, len(context._steps)) == (2 * MOST_STEPS + 6, 3)
+    context.end(model, {"b": 0})
+    context.write(model)
+    assert model.stored[0][1][: MOST_STEPS + 3] == list(range(0, 2 * MOST_STEPS + 6, 2))
+
+
 def test_numbers_of_rows_come_again_where_many_are_written() -> None:
     context, model = WaitingContext(), Model()
     add(context, 0, "a" * 70)
@@ -98,7 +115,7 @@ def test_requests_that_end_beside_long_ones_cost_a_copy_of_each_row_at_most(monk
     for number in range(1000):
         add(context, 11 * number, ("l" if number % 10 == 0 else "") + chr(1000 + number) * 10)
         context.end(model, {chr(1000 + number): 0} if number % 3 else {})
-        kept.append(context._end)
+        kept.append(context._end + context._fresh)
     alive = context.rows
     assert alive == 100 + 10 * 334
     assert copied[0] < 10_100 / MOST_DROPPED
@@ -111,6 +128,7 @@ def test_requests_that_end_beside_long_ones_cost_a_copy_of_each_row_at_most(monk
 def test_room_for_many_rows_is_given_back() -> None:
     context, model = WaitingContext(), Model()
     add(context, 0, "a" * (KEPT_ROWS + 1))
+    context.end(model, {})
     assert len(context._states) > KEPT_ROWS
     context.write(model)
     assert len(context._states) == 0
