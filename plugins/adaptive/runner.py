@@ -9,8 +9,9 @@ number, is not drafted for behind it, and nobody gets more drafts than there are
 The pass is left out, too, where a sequence leaves it no room below the maximum length (stock vLLM then drafts zeros for
 all, and loses the context of the step).
 
-Checked against vLLM 0.32.0: `propose_draft_token_ids`, `take_draft_token_ids`, `_copy_draft_token_ids_to_cpu` and
-`_input_fits_in_drafter` of the V1 runner, without asynchronous scheduling, which vLLM turns off on a CPU.
+Checked against vLLM 0.32.0: `KVCacheConfig.hash_block_size`, `propose_draft_token_ids`, `take_draft_token_ids`,
+`_copy_draft_token_ids_to_cpu` and `_input_fits_in_drafter` of the V1 runner, without asynchronous scheduling, which
+vLLM turns off on a CPU.
 """
 
 from __future__ import annotations
