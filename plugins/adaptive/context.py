@@ -25,7 +25,7 @@ from laguna_serve.plugins.drafting.context import store_taps
 from laguna_serve.plugins.repairs.row_counts import pad
 
 # What may wait, in rows and in bytes of hidden states, of which at least so many rows.  What was dropped and is not
-# cleared away yet comes on top: at most so many times as much.
+# cleared away yet comes on top, at most so many times as much; places are a power of two.
 MOST_ROWS, MOST_BYTES, LEAST_ROWS = 16384, 128 << 20, 512
 MOST_DROPPED = 2
 # Steps whose rows are put into their places together.
@@ -112,9 +112,12 @@ class WaitingContext:
     def _gather(self) -> None:
         """Put what came since the last time into its places."""
         steps, rows = self._steps, self._fresh
-        if not steps:
+        if not rows:
+            self._steps = []
             return
         widths = [tap.shape[1] for tap in steps[0].taps]
+        if self._end + rows > len(self._alive) and self._lost > self._end // 2:
+            self._clear_away()
         if self._end + rows > len(self._alive):
             places = max(LEAST_ROWS, 1 << (self._end + rows - 1).bit_length())
             self._allocate(places, steps[0].taps[0].new_empty(0, sum(widths)))

@@ -74,6 +74,9 @@ def _check_cpu(arguments: Sequence[str], environment: Mapping[str, str]) -> None
         raise CheckpointError(
             f"--gamma adaptive: expected our worker and our drafter, got --worker-cls or --speculative-config; {REMEDY}"
         )
+    if names_flag(arguments, "--kv-transfer-config"):
+        expected = "expected no KV connector, which would send a drafter's keys before they are written"
+        raise CheckpointError(f"--gamma adaptive: {expected}, got --kv-transfer-config; {REMEDY}")
     if environment.get(RUNNER) == "1":
         raise CheckpointError(f"--gamma adaptive: expected model runner V1 on a CPU, got {RUNNER}=1; unset it")
 

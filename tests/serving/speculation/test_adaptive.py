@@ -82,6 +82,7 @@ def test_it_needs_a_drafter_and_decides_alone() -> None:
         (CPU, ("--tensor-parallel-size=2",), False, {}, "one rank"),
         (CPU, ("-pp", "2"), False, {}, "one rank"),
         (CPU, ("--worker-cls", "mine"), False, {}, "expected our worker"),
+        (CPU, ("--kv-transfer-config", "{}"), False, {}, "expected no KV connector"),
         (CPU, (), False, {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "unset it"),
         (GPU, (), True, {}, "CUDA graphs"),
         (GPU, ("--enforce-eager",), False, {}, "CUDA graphs"),
