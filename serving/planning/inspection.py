@@ -32,7 +32,7 @@ from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
 from laguna_serve.serving.machine.local_http import LOOPBACK
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.support import check_use, describe_kind
-from laguna_serve.serving.speculation.adaptive import DATA_PARALLEL, find_several
+from laguna_serve.serving.speculation.adaptive import DATA_PARALLEL, PIPELINE, TENSOR_PARALLEL, find_several
 from laguna_serve.serving.speculation.drafting import (
     DRAFT_SAMPLING,
     check_fit,
@@ -185,8 +185,12 @@ def _find_scaling(rope: ConfigJson) -> float | None:
 
 
 def _check_updates(config: EngineConfig, target: Target) -> None:
-    """Raise CheckpointError for a quantised model that is to get new weights (plugins/weight_folder.py)."""
-    if config.weight_updates and target.quantisation is not None:
+    """Raise CheckpointError for a model that is to get new weights and cannot (plugins/weight_folder.py)."""
+    if not config.weight_updates:
+        return
+    if several := find_several(config.extra_args, (*TENSOR_PARALLEL, *PIPELINE)):
+        raise CheckpointError(f"weight updates: expected one device for each engine, got {several}; drop one of them")
+    if target.quantisation is not None:
         remedy = "serve the bf16 release, or `laguna compact --to fp8` of it, whose experts can be in FP8"
         expected = "weight updates: expected a checkpoint without quantization_config"
         raise CheckpointError(f"{expected}, got {describe_kind(target.quantisation)}; {remedy}")

@@ -22,7 +22,8 @@ SINCE = (0, 32)
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 PIPELINE = ("--pipeline-parallel-size", "-pp")
 DATA_PARALLEL = ("--data-parallel-size", "-dp")
-RANKS = ("--tensor-parallel-size", "-tp", *PIPELINE, *DATA_PARALLEL)
+TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
+RANKS = (*TENSOR_PARALLEL, *PIPELINE, *DATA_PARALLEL)
 REMEDY = "drop it, or take --gamma N or auto"
 
 

@@ -18,6 +18,8 @@ import pytest
 from serving_fakes import FAKE_SITE
 
 from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
+from laguna_serve.serving.commands.doctor import InstallProblem, find_problems
+from laguna_serve.serving.commands.probe_report import ProbeReport
 from laguna_serve.serving.machine.memory import total_bytes
 
 pytestmark = pytest.mark.slow
@@ -193,6 +195,23 @@ def test_plugin_filtered_out_is_named(environment: Environment) -> None:
     what, remedy = only_problem(environment)
     assert what == "plugin: expected VLLM_PLUGINS to name laguna_serve, got 'another,one'"
     assert remedy == "add laguna_serve to VLLM_PLUGINS or unset it"
+
+
+@pytest.mark.parametrize(
+    ("register", "kernels"),
+    [
+        ("IsaError: LAGUNA_CPU_KERNELS: expected vllm or nothing, got 'x'; correct or unset it (isa.py:1)", "avx2"),
+        (None, "PathError: LAGUNA_CPU_KERNELS: expected vllm or nothing, got 'x'; unset it (cpu.py:61)"),
+    ],
+)
+def test_variable_that_kernels_refuse_is_named_once(
+    environment: Environment, register: str | None, kernels: str
+) -> None:
+    environment.install_vllm()
+    said = environment.diagnose()[2] | {"register_error": register, "cpu_kernels": kernels}
+    report = msgspec.convert(said, ProbeReport)
+    expected = "LAGUNA_CPU_KERNELS: expected vllm or nothing, got 'x'"
+    assert find_problems(report, None) == [InstallProblem(expected, "unset LAGUNA_CPU_KERNELS, or correct it")]
 
 
 def test_class_that_is_not_ours_is_named(environment: Environment) -> None:

@@ -373,6 +373,8 @@ def test_new_weights_for_quantised_models_are_refused() -> None:
         CheckpointError, match=r"weight updates: expected a checkpoint without quantization_config, got F"
     ):
         plan("Laguna-XS.2-FP8", weight_updates=True)
+    with pytest.raises(CheckpointError, match="weight updates: expected one device for each engine, got --tensor"):
+        plan("Laguna-XS.2", weight_updates=True, extra_args=("--tensor-parallel-size", "2"))
 
 
 @pytest.mark.parametrize("device", ["h100-80gb", "cpu"])

@@ -25,7 +25,10 @@ from laguna_serve.scripts.training.pruning.streaming.layers import Head, Layers
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights
 from laguna_serve.serving.checkpoint import read_config, read_target
 
-REMEDY = "pass the bf16 or FP8 release as the target: the drafter fits this one as well"
+REMEDY = (
+    "pass the release in FP8 as the target, or in bf16 where config.json has no transform_config here: its drafter fits"
+    " this one as well"
+)
 BLOCKS = re.compile(r"(.+\.mlp\.experts\.)(w13|w2)_blocks")
 BLOCK_START = ".block_start"
 
