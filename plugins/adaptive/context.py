@@ -116,8 +116,6 @@ class WaitingContext:
             self._steps = []
             return
         widths = [tap.shape[1] for tap in steps[0].taps]
-        if self._end + rows > len(self._alive) and self._lost > self._end // 2:
-            self._clear_away()
         if self._end + rows > len(self._alive):
             places = max(LEAST_ROWS, 1 << (self._end + rows - 1).bit_length())
             self._allocate(places, steps[0].taps[0].new_empty(0, sum(widths)))
