@@ -8,7 +8,9 @@ change. An engine that is merely silent, as one is that has too much to do, stay
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,7 +38,8 @@ class Engine:
     `fenced` one has other weights than it should, and is sent nothing. `lost_s`: since when the log has it as lost.
     One that `returns` is started again when it dies, by whoever started it: requests wait for it. While it is `away`
     for that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (so far) are for people. One
-    that came while weights were changed is `unasked` until its first health check: requests wait for that.
+    that came while weights were changed is `unasked` until its first health check: requests wait for that. It has not
+    `told` its versions before it was asked for them, and answered: they may be others than `versions`.
     """
 
     config: Upstream
@@ -60,6 +63,7 @@ class Engine:
     returns: bool = False
     away: bool = False
     unasked: bool = False
+    told: bool = False
     restarts: int = 0
     deaths: tuple[Mapping[str, Any], ...] = ()
     last_scrape: tuple[float, dict[str, float]] | None = None
@@ -87,6 +91,15 @@ class Engine:
     def has_slot(self) -> bool:
         """Whether there is room for one request more."""
         return self.in_flight < self.config.max_in_flight
+
+    def rank(self, affinity: bytes) -> float:
+        """Rank it for what belongs together: the engine with the highest gets that.
+
+        Weighted rendezvous hashing: each gets a share as large as its weight, and when one comes or goes, only what was
+        its own moves.
+        """
+        digest = hashlib.blake2b(affinity + b"\0" + self.name.encode(), digest_size=8).digest()
+        return -self.config.weight / math.log((int.from_bytes(digest, "big") + 1) / (2**64 + 1))
 
     def fence(self, reason: str) -> None:
         """Its weights are not those of the others: nothing is sent to it until an update succeeds."""

@@ -89,9 +89,9 @@ def _find_wait(gateway: Checked, engine: Engine, last: asyncio.Task[float] | Non
 
 
 def _find_interval(gateway: Checked, engine: Engine) -> float:
-    """Find how often it is asked: one that is down, or that could not be connected to, more often."""
+    """Find how often it is asked: one that is down, could not be connected to, or told no versions, more often."""
     interval_s = gateway.config.health.interval_s
-    is_well = engine.healthy is True and not engine.misses and not engine.failures
+    is_well = engine.healthy is True and engine.told and not engine.misses and not engine.failures
     return interval_s if is_well else min(interval_s, RECHECK_S)
 
 
@@ -118,7 +118,7 @@ async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, e
         return
     was_up = engine.healthy is True and engine.is_up(pool.clock())
     # One that was started again between two checks looks well, and has the checkpoint's weights.
-    asked = not was_up or pool.updated or engine.versions != UNVERSIONED
+    asked = not was_up or pool.updated or not engine.told or engine.versions != UNVERSIONED
     if asked and not await _check_version(session, pool, engine, was_up=was_up):
         return
     # Before it counts as well: one that is paused would be given requests in between.
@@ -142,8 +142,13 @@ async def _check_version(session: aiohttp.ClientSession, pool: Pool, engine: Eng
         version = await _read_version(session, engine)
         if pool.paused or pool.versions != expected:
             return was_up  # one that has come is asked again when requests go on
-        if version is None or (was_up and not version):
+        if version is None:
+            engine.told = engine.told and was_up  # one that was away may have been started again
             return was_up or not pool.updated
+        if not engine.told:
+            pool.note_told(engine)
+        if was_up and not version:
+            return True
         if not pool.updated:
             _take_versions(engine, version.encode() or UNVERSIONED[0], engine.versions[1])
             return True

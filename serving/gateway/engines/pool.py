@@ -7,9 +7,7 @@ only be slow.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from laguna_serve.serving.gateway.config.tables import Limits, Model, Upstream
 from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine
 from laguna_serve.serving.gateway.engines.origin import Origin
 from laguna_serve.serving.gateway.engines.waiting import Ticket, WaitingLine
-from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, find_latest
+from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, list_allowed
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.http1 import Waits
@@ -98,7 +96,7 @@ class Pool:
             affinity: what belongs together goes to one engine while that has room.
             avoid: engines that this request has tried.
             ticket: with which it has waited for its turn.
-            policy: which weights may answer it; while they are being changed, it waits.
+            policy: which weights may answer it; while they are changed, or an engine has yet to tell its own, it waits.
         Raises:
             GatewayError: 503 no engine is up, or none with such weights.
         """
@@ -112,7 +110,7 @@ class Pool:
         if self.paused or self._is_behind(ticket):
             return None
         if policy is not None:
-            up = self._list_allowed(up, policy)
+            up = list_allowed(up, policy, self.versions[0] if self.updated else None, self.engines)
         free = [engine for engine in up if engine.has_slot()]
         if not free:
             return None
@@ -157,9 +155,7 @@ class Pool:
                     if limited:  # the slot that woke it may be none for it, and is somebody else's then
                         self._line.wake_behind(ticket)
         except TimeoutError:
-            now = self.clock()
-            any_up = any(engine.is_up(now) for engine in self.engines)
-            raise (errors.queue_timeout() if any_up else errors.not_ready()) from None
+            raise self._explain_timeout(policy) from None
         except GatewayError:
             self.wake()
             raise
@@ -250,6 +246,11 @@ class Pool:
         engine.turns = max(engine.turns, max(others, default=0.0) * engine.config.weight)
         self.wake()
 
+    def note_told(self, engine: Engine) -> None:
+        """Note that an engine has told which weights it has; those who wait look again."""
+        engine.told = True
+        self._line.wake_all()
+
     def wake(self) -> None:
         """Let the first in the queue look again."""
         self._line.wake()
@@ -274,13 +275,15 @@ class Pool:
         healthy = False if doubted else None
         return Engine(upstream, origin, healthy=healthy, refused=doubted, unasked=self.paused)
 
-    def _list_allowed(self, engines: list[Engine], policy: WeightPolicy) -> list[Engine]:
-        """List those whose weights may answer. Raises GatewayError: there is none."""
-        latest = self.versions[0] if self.updated else find_latest(engine.versions[0] for engine in self.engines)
-        allowed = [engine for engine in engines if policy.allows(engine.versions[0], latest)]
-        if not allowed:
-            raise errors.no_such_weights(str(policy), latest.decode())
-        return allowed
+    def _explain_timeout(self, policy: WeightPolicy | None) -> GatewayError:
+        """Say for what somebody waited in vain."""
+        now = self.clock()
+        up = [engine for engine in self.engines if engine.is_up(now)]
+        if not up:
+            return errors.not_ready()
+        if policy is not None and not (self.updated or all(engine.told for engine in up)):
+            return errors.weights_unknown(str(policy))
+        return errors.queue_timeout()
 
     def _choose(self, free: list[Engine], affinity: bytes | None) -> Engine:
         """Choose the engine for a request, by weight either way.
@@ -295,16 +298,7 @@ class Pool:
         paying = [e for e in free if e.config.gamma_schedule and e.config.pays(e.in_flight + 1)]
         free = paying or [engine for engine in free if not engine.config.gamma_schedule] or free
         if affinity is not None:
-            return max(free, key=lambda engine: _score(affinity, engine.config))
+            return max(free, key=lambda engine: engine.rank(affinity))
         return min(
             free, key=lambda e: ((e.in_flight + 1) / e.config.weight if e.in_flight else 0, e.turns / e.config.weight)
         )
-
-
-def _score(affinity: bytes, upstream: Upstream) -> float:
-    """Weighted rendezvous hashing: when an engine comes or goes, only what was its own moves.
-
-    Each gets a share of the keys as large as its weight.
-    """
-    digest = hashlib.blake2b(affinity + b"\0" + upstream.name.encode(), digest_size=8).digest()
-    return -upstream.weight / math.log((int.from_bytes(digest, "big") + 1) / (2**64 + 1))

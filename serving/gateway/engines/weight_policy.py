@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.wire import errors
 
 HEADER = b"x-weight-policy"
@@ -56,6 +57,29 @@ def read_policy(named: Mapping[bytes, bytes]) -> WeightPolicy | None:
     if found[1]:
         return WeightPolicy("latest-only")
     return WeightPolicy("min-version" if found[2] == b"min-version" else "max-staleness", int(found[3]))
+
+
+def list_allowed(
+    engines: list[Engine], policy: WeightPolicy, latest: bytes | None, known: list[Engine]
+) -> list[Engine]:
+    """List those whose weights may answer: none while that hangs on one that has not told which it has.
+
+    Args:
+        engines: that would take the request.
+        policy: what it asks of their weights.
+        latest: the version that all should have; None where none was set, and each says its own.
+        known: all engines of the model, of which one has the newest version.
+    Raises:
+        GatewayError: 503 there is none.
+    """
+    told = [engine for engine in engines if engine.told or latest is not None]
+    if len(told) < len(engines) and policy.kind != "min-version":
+        return []
+    newest = find_latest(engine.versions[0] for engine in known) if latest is None else latest
+    allowed = [engine for engine in told if policy.allows(engine.versions[0], newest)]
+    if not allowed and len(told) == len(engines):
+        raise errors.no_such_weights(str(policy), newest.decode())
+    return allowed
 
 
 def number_of(version: bytes) -> int | None:

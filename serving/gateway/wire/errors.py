@@ -240,6 +240,13 @@ def no_such_weights(policy: str, latest: str) -> GatewayError:
     return GatewayError(503, "server_error", message, RETRY_AFTER_S, code="weights_not_available", reason="weights")
 
 
+def weights_unknown(policy: str) -> GatewayError:
+    """Say that an engine did not tell its weights' version while the request waited for it."""
+    message = f"An engine has not told which weights it has, for X-Weight-Policy {policy}. Please try again later."
+    code, reason = "weights_not_available", "weights_unknown"
+    return GatewayError(503, "server_error", message, RETRY_AFTER_S, code=code, reason=reason)
+
+
 def not_loaded() -> GatewayError:
     """Say that a request that is no work for a model does not load it."""
     message = "The model is not loaded, and this request does not load it: one for an answer does."

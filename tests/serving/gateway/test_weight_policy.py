@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import random
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from gateway_fakes import Exchange, Gateway, gateway, wait_until
 
 from laguna_serve.serving.gateway.config.tables import Limits, Model
 from laguna_serve.serving.gateway.config.tables import Upstream as UpstreamTable
+from laguna_serve.serving.gateway.engines import health
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.weight_policy import find_latest, number_of, read_policy
@@ -35,7 +38,7 @@ def make_pool(*versions: str, slots: int = 1, **limits: Any) -> Pool:
     pool = Pool(model, given)
     pool.configure(model, given)
     for engine, version in zip(pool.engines, versions, strict=True):
-        engine.versions = (version.encode(), b"default")
+        engine.versions, engine.told = (version.encode(), b"default"), True
     return pool
 
 
@@ -194,6 +197,44 @@ def test_gateway_before_engines_of_two_versions() -> None:
             assert {ask(front, "any") for _ in range(16)} == {(200, "a"), (200, "b")}
             assert ask(front, "min-version=7") == (503, None)
             assert ask(front, "newest") == (400, None)
+
+
+def test_one_that_is_late_with_its_version_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first answer comes too late for the health check: it counts as well, and not as one with the checkpoint's."""
+    monkeypatch.setattr(health, "VERSION_TIMEOUT_S", 0.1)
+    with RlEngine() as old, RlEngine() as new:
+        old.version, new.version = "step-4", "step-6"
+        tell, late = new.tell, threading.Event()
+
+        async def tell_late(exchange: Exchange) -> None:
+            if late.is_set():
+                await tell(exchange)
+            else:
+                await asyncio.sleep(0.3)
+
+        new.handlers[VERSION] = tell_late
+        with gateway(old, new, health={"interval_s": 300}) as front:
+            engine = front.relay.pools["m"].engines[1]
+            assert (engine.healthy, engine.told) == (True, False)
+            assert {ask(front, "any") for _ in range(2)} == {(200, "a"), (200, "b")}
+            assert ask(front, "min-version=4") == (200, "a")
+            with ThreadPoolExecutor(2) as clients:
+                waiting = [clients.submit(ask, front, text) for text in ("latest-only", "min-version=5")]
+                wait_until(lambda: front.relay.pools["m"].queued == 2)
+                late.set()
+                assert [each.result() for each in waiting] == [(200, "b")] * 2
+
+
+def test_version_that_is_never_told_is_the_reason_given() -> None:
+    async def test() -> None:
+        pool = make_pool("step-1", "step-2", queue_timeout_s=0.05)
+        pool.engines[1].told = False
+        with pytest.raises(GatewayError, match=r"has not told which weights it has, for X-Weight-Policy latest-only"):
+            await pool.acquire(None, policy=policy("latest-only"))
+        pool.note_told(pool.engines[1])
+        assert (await pool.acquire(None, policy=policy("latest-only"))).name == "1-step-2"
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize(("other", "expected"), [("step-6", (200, "b")), ("step-4", (503, None))])
