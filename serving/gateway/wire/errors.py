@@ -242,7 +242,9 @@ def no_such_weights(policy: str, latest: str) -> GatewayError:
 
 def weights_unknown(policy: str) -> GatewayError:
     """Say that an engine did not tell its weights' version while the request waited for it."""
-    message = f"An engine has not told which weights it has, for X-Weight-Policy {policy}. Please try again later."
+    message = (
+        f"An engine has not reported its weight version, needed for X-Weight-Policy {policy}. Please try again later."
+    )
     code, reason = "weights_not_available", "weights_unknown"
     return GatewayError(503, "server_error", message, RETRY_AFTER_S, code=code, reason=reason)
 

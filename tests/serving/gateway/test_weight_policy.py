@@ -229,7 +229,9 @@ def test_version_that_is_never_told_is_the_reason_given() -> None:
     async def test() -> None:
         pool = make_pool("step-1", "step-2", queue_timeout_s=0.05)
         pool.engines[1].told = False
-        with pytest.raises(GatewayError, match=r"has not told which weights it has, for X-Weight-Policy latest-only"):
+        with pytest.raises(
+            GatewayError, match=r"has not reported its weight version, needed for X-Weight-Policy latest-only"
+        ):
             await pool.acquire(None, policy=policy("latest-only"))
         pool.note_told(pool.engines[1])
         assert (await pool.acquire(None, policy=policy("latest-only"))).name == "1-step-2"
