@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "plain_ops.hpp"
+#include "sums.hpp"
 
 namespace {
 
@@ -16,12 +17,16 @@ struct Avx512 {
   static inline Vec set1(float value) { return _mm512_set1_ps(value); }
   static inline Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm512_fmadd_ps(a, b, sum); }
   static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static inline __m256 fold(Vec v) {
+    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+  }
   static inline float sum(Vec v) {
-    const __m256 by8 = _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+    const __m256 by8 = fold(v);
     const __m128 by4 = _mm_add_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps(by8, 1));
     const __m128 by2 = _mm_add_ps(by4, _mm_movehl_ps(by4, by4));
     return _mm_cvtss_f32(_mm_add_ss(by2, _mm_shuffle_ps(by2, by2, 1)));
   }
+  static inline void sum_four(Vec a, Vec b, Vec c, Vec d, float* ab, float* cd) { sum_four_of_eight(fold(a), fold(b), fold(c), fold(d), ab, cd); }
   template <bool REST>
   static inline __m512i load_pairs(const uint16_t* p) {
     if constexpr (REST) return _mm512_maskz_loadu_epi32(0x00ff, p);
@@ -48,7 +53,7 @@ struct Avx512 {
   static inline __m512i bytes(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
   static inline __m512i words(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
   template <bool EXACT>
-  static inline void decode(const uint8_t* p, Vec* w, Flags* flags) {
+  __attribute__((always_inline)) static inline void decode(const uint8_t* p, Vec* w, Flags* flags) {
     const auto look_up = [](const uint8_t* table, __m512i index) {
       return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
     };

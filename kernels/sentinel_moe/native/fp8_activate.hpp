@@ -215,7 +215,11 @@ struct Fp8Activate : Fp8Decoder<Ops> {
     }
     for (int m = 0; m < M; ++m) {
       float* act = static_cast<float*>(block.act) + (token + m) * block.act_stride + atom;
-      for (int a = 0; a < GROUP; ++a) act[a] = round(weigh(block.weights[token + m], Ops::sum(totals[a][0][m]), Ops::sum(totals[a][1][m])));
+      float gates[GROUP], ups[GROUP];
+      for (int a = 0; a < GROUP; a += 2) {
+        Ops::sum_four(totals[a][0][m], totals[a + 1][0][m], totals[a][1][m], totals[a + 1][1][m], gates + a, ups + a);
+      }
+      for (int a = 0; a < GROUP; ++a) act[a] = round(weigh(block.weights[token + m], gates[a], ups[a]));
     }
   }
 

@@ -32,6 +32,7 @@ struct Fp8Plain {
   static inline Vec multiply_add(Vec a, Vec b, Vec sum) { return V::multiply_add(a, b, sum); }
   static inline Vec set1(float value) { return V::set1(value); }
   static inline float sum(Vec v) { return V::sum(v); }
+  static inline void sum_four(Vec a, Vec b, Vec c, Vec d, float* ab, float* cd) { V::sum_four(a, b, c, d, ab, cd); }
   static inline Vec spread(const Act* act) { return V::set1(*act); }
   static inline Vec load_sum(const float* sum) { return V::load(sum); }
   static inline void store_sum(float* sum, Vec v) { V::store(sum, v); }

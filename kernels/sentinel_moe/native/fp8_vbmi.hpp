@@ -71,6 +71,7 @@ struct VbmiOps {
   static inline Vec multiply_add(Vec a, Vec b, Vec sum) { return Avx512::multiply_add(a, b, sum); }
   static inline Vec set1(float value) { return Avx512::set1(value); }
   static inline float sum(Vec v) { return Avx512::sum(v); }
+  static inline void sum_four(Vec a, Vec b, Vec c, Vec d, float* ab, float* cd) { Avx512::sum_four(a, b, c, d, ab, cd); }
   static inline Vec spread(const Act* act) {
     int both;
     std::memcpy(&both, act, sizeof both);

@@ -17,6 +17,11 @@ struct Neon {
   static inline Vec multiply_add(Vec a, Vec b, Vec sum) { return vfmaq_f32(sum, a, b); }
   static inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
   static inline float sum(Vec v) { return (vgetq_lane_f32(v, 0) + vgetq_lane_f32(v, 2)) + (vgetq_lane_f32(v, 1) + vgetq_lane_f32(v, 3)); }
+  static inline void sum_four(Vec a, Vec b, Vec c, Vec d, float* ab, float* cd) {
+    const auto fold = [](Vec v) { return vadd_f32(vget_low_f32(v), vget_high_f32(v)); };
+    vst1_f32(ab, vpadd_f32(fold(a), fold(b)));
+    vst1_f32(cd, vpadd_f32(fold(c), fold(d)));
+  }
   static inline uint32x4_t load_pairs(const uint16_t* p) { return vreinterpretq_u32_u16(vld1q_u16(p)); }
   template <bool REST>
   static inline Vec bf16_even(const uint16_t* p) {

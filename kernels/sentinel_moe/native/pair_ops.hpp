@@ -22,6 +22,7 @@ struct PairOps {
   }
   static inline Vec dot(Vec a, Vec b, Vec sum) { return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)); }
   static inline float sum(Vec v) { return Avx512::sum(v); }
+  static inline void sum_four(Vec a, Vec b, Vec c, Vec d, float* ab, float* cd) { Avx512::sum_four(a, b, c, d, ab, cd); }
 
   // Two rows interleaved, so that a lane holds one column of both: the lower, then the upper four of every eight.
   template <bool REST>

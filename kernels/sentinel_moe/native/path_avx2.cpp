@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "fp8_plain.hpp"
+#include "sums.hpp"
 
 namespace {
 
@@ -21,6 +22,7 @@ struct Avx2 {
     const __m128 by2 = _mm_add_ps(by4, _mm_movehl_ps(by4, by4));
     return _mm_cvtss_f32(_mm_add_ss(by2, _mm_shuffle_ps(by2, by2, 1)));
   }
+  static inline void sum_four(Vec a, Vec b, Vec c, Vec d, float* ab, float* cd) { sum_four_of_eight(a, b, c, d, ab, cd); }
   static inline __m256i load_pairs(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   template <bool REST>
   static inline Vec bf16_even(const uint16_t* p) {
@@ -46,7 +48,7 @@ struct Avx2 {
   static inline __m256i bytes(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
   static inline __m256i words(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
   template <bool EXACT>
-  static inline void decode(const uint8_t* p, Vec* w, Flags* flags) {
+  __attribute__((always_inline)) static inline void decode(const uint8_t* p, Vec* w, Flags* flags) {
     const auto look_up = [](const uint8_t* table, __m256i index) {
       return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
     };

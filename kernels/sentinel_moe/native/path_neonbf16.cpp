@@ -25,6 +25,7 @@ struct PairOps {
   static inline bfloat16x8_t pairs(Vec v) { return vreinterpretq_bf16_f32(v); }
   static inline Vec dot(Vec a, Vec b, Vec sum) { return vbfdotq_f32(sum, pairs(a), pairs(b)); }
   static inline float sum(Vec v) { return Neon::sum(v); }
+  static inline void sum_four(Vec a, Vec b, Vec c, Vec d, float* ab, float* cd) { Neon::sum_four(a, b, c, d, ab, cd); }
 
   // Two rows interleaved, so that a lane holds one column of both.
   template <bool REST>

@@ -72,6 +72,10 @@ struct Portable {
   static inline Vec multiply_add(Vec a, Vec b, Vec sum) { return a * b + sum; }
   static inline Vec add(Vec a, Vec b) { return a + b; }
   static inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static inline void sum_four(Vec a, Vec b, Vec c, Vec d, float* ab, float* cd) {
+    ab[0] = sum(a), ab[1] = sum(b);
+    cd[0] = sum(c), cd[1] = sum(d);
+  }
   static inline Bits load_pairs(const uint16_t* p) {
     Bits pairs;
     std::memcpy(&pairs, p, sizeof pairs);

@@ -2,7 +2,7 @@
 // odd columns of bf16 (a shift and a mask widen them), the first and the second half of fp16 and fp32.  Sums
 // are kept in that order.
 //
-// V states a register of floats: Vec, LANES, load, store, set1, multiply_add, add, sum, bf16_even, bf16_odd (REST:
+// V states a register of floats: Vec, LANES, load, store, set1, multiply_add, add, sum, sum_four, bf16_even, bf16_odd (REST:
 // of 16 elements only, zeros behind), f16, to_f16.
 
 #pragma once
@@ -42,6 +42,7 @@ struct PlainOps {
   }
   static inline Vec dot(Vec a, Vec b, Vec sum) { return V::multiply_add(a, b, sum); }
   static inline float sum(Vec v) { return V::sum(v); }
+  static inline void sum_four(Vec a, Vec b, Vec c, Vec d, float* ab, float* cd) { V::sum_four(a, b, c, d, ab, cd); }
 
   template <bool REST>
   static inline void load_rows(const T* row, int64_t, Vec* parts) {
@@ -56,7 +57,7 @@ struct PlainOps {
   static inline Act round(float value) {
     if constexpr (D == F32) return value;
     if constexpr (D == F16) return V::from_f16(V::to_f16(value));
-    if constexpr (D == BF16) return widen(narrow(value));
+    if constexpr (D == BF16) return round_bf16(value);
   }
 
   static void store(const float* sums, int64_t columns, T* out) {

@@ -15,11 +15,21 @@ inline float widen(uint16_t bf16) {
   return wide;
 }
 
-inline uint16_t narrow(float value) {
+// The bits of a value rounded to bf16, to nearest even.  Without a branch, so that loops over it are made of vectors.
+inline uint32_t round_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  const uint32_t nan = value != value ? ~0u : 0u;
+  return (((bits + 0x7fff + ((bits >> 16) & 1)) & ~nan) | (0x7fc00000u & nan)) & 0xffff0000u;
+}
+
+inline uint16_t narrow(float value) { return static_cast<uint16_t>(round_bits(value) >> 16); }
+
+inline float round_bf16(float value) {
+  const uint32_t bits = round_bits(value);
+  float rounded;
+  std::memcpy(&rounded, &bits, sizeof rounded);
+  return rounded;
 }
 
 // e^x by 2^n · p(r), |r| ≤ ln 2 / 2: 1 ulp; from e^-87 to e^88, NaN stays NaN.
