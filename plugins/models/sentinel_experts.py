@@ -136,6 +136,10 @@ class SentinelExperts(nn.Module):
         place: Any = slice(shard.count(start), shard.count(end))
         atoms = torch.from_numpy(plan.pruning.atoms(plan.index, expert)[shard.first(start) :: shard.ranks])
         rows = tensor.t() if projection == "down_proj" else tensor
+        width, H = plan.block_size * plan.blocks_per_expert, self.w13_blocks.shape[-1]
+        whole = (width, H) if part == "weight" else (count_blocks(width), count_blocks(H))
+        if rows.shape != whole:
+            raise self._mismatch(f"{name} {list(whole if rows is tensor else whole[::-1])}", list(tensor.shape))
         kept = rows[atoms] if part == "weight" else gather_scales(rows, atoms)
         if projection != "down_proj":
             place = (place, 0 if projection == "gate_proj" else 1)
@@ -173,4 +177,7 @@ def _is_other(name: str) -> bool:
 
 
 def _load_blocks(param: torch.Tensor, loaded_weight: torch.Tensor, place: Any = ...) -> None:
-    param.data[place].copy_(loaded_weight)
+    held = param.data[place]
+    if held.shape != loaded_weight.shape:  # copied, it would be repeated
+        raise ValueError(f"expected weights of {list(held.shape)}, got {list(loaded_weight.shape)}")
+    held.copy_(loaded_weight)

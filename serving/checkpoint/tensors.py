@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -50,6 +50,9 @@ def require_tensors(target: Target, folder: Path) -> None:
     names = [name for tensors in files.values() for name in tensors]
     if not names:
         return
+    if doubled := [name for name, times in Counter(names).items() if times > 1]:
+        where = " and ".join(path.name for path, tensors in files.items() if doubled[0] in tensors)
+        raise CheckpointError(f"{folder}: expected every tensor once, got {doubled[0]} in {where}; {FETCH}")
     if target.tied:
         _refuse_another_head(folder, files)
     if missing := list_missing(target, names):

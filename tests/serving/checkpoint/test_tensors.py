@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from laguna_serve.scripts.checkpoints.requantised import QUANTISATION
 from laguna_serve.serving.checkpoint import CheckpointError
+from laguna_serve.serving.checkpoint.shapes import require_shapes
 from laguna_serve.serving.checkpoint.target import read_target
 from laguna_serve.serving.checkpoint.tensors import list_missing, require_numbers, require_tensors
+from laguna_serve.serving.checkpoint.weight_files import TensorHeader
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.planning.launch import check_launch
 
@@ -155,3 +157,79 @@ def test_fp8_values_with_their_scale_are_taken(teacher: Path) -> None:
     config = json.loads((teacher / "config.json").read_text()) | {"quantization_config": QUANTISATION}
     (teacher / "config.json").write_text(json.dumps(config))
     require_numbers(read_target(teacher), teacher)
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "message"),
+    [
+        (
+            "teacher",
+            {"intermediate_size": 256},
+            r"layers\.0\.mlp\.\w+_proj\.weight of (256×160|160×256), .* got \d+×\d+",
+        ),
+        ("teacher", {"shared_expert_intermediate_size": 64}, r"shared_expert\.\w+\.weight of (64×160|160×64)"),
+        ("teacher", {"moe_intermediate_size": 256}, r"experts\.\d+\.\w+\.weight of (256×160|160×256)"),
+        ("teacher", {"vocab_size": 448}, r"expected (lm_head|model\.embed_tokens)\.weight of 448×160, as config.json"),
+        ("teacher", {"num_experts": 12}, r"expected 12 experts, as config.json says, got model\.layers\.\d\.mlp\.exp"),
+        (
+            "dense",
+            {"intermediate_size": 300},
+            r"layers\.\d\.mlp\.\w+\.weight of (300×\d+|\d+×300), as config.json says",
+        ),
+        ("dense", {"num_key_value_heads": 1}, r"self_attn\.[kv]_proj\.weight of"),
+    ],
+)
+def test_sizes_are_those_of_config_json(model: str, said: dict[str, int], message: str, tmp_path: Path) -> None:
+    """vLLM would serve a part of what is larger, and what lay in memory behind what is smaller."""
+    path = Path(shutil.copytree(TOY / model, tmp_path / model))
+    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | said))
+    with pytest.raises(CheckpointError, match=message):
+        check_launch(EngineConfig(str(path)))
+    check_launch(EngineConfig(str(path), extra_args=("--hf-overrides", "{}")))
+
+
+def test_layers_are_as_many_as_config_json_says(teacher: Path) -> None:
+    config = json.loads((teacher / "config.json").read_text())
+    lists = {key: config[key][:4] for key in ("layer_types", "mlp_layer_types", "num_attention_heads_per_layer")}
+    (teacher / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4, **lists}))
+    with pytest.raises(CheckpointError, match=r"expected 4 layers, as config.json says, got model\.layers\.[45]"):
+        check_launch(EngineConfig(str(teacher)))
+
+
+def test_transformers_name_of_shared_experts_is_refused_with_what_renames_it(teacher: Path) -> None:
+    weights = teacher / "model.safetensors"
+    tensors = {name.replace(".shared_expert.", ".shared_experts."): t for name, t in load_file(weights).items()}
+    save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match=r"expected .*shared_expert\.\w+.*, got .*shared_experts\..*; rename it"):
+        check_launch(EngineConfig(str(teacher)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_published_sizes_are_those_of_their_configs(name: str) -> None:
+    headers = {key: TensorHeader(dtype, tuple(shape), (0, 0)) for key, (dtype, shape) in read_tensors(name).items()}
+    require_shapes(read_target(Path(folder(name))), Path(folder(name)), headers)
+
+
+def test_tensor_in_two_files_is_refused(teacher: Path) -> None:
+    """An engine takes the later file's; the tools ask the index."""
+    tensors = load_file(teacher / "model.safetensors")
+    (teacher / "model.safetensors").rename(teacher / "model-00001-of-00002.safetensors")
+    save_file({SPARSE: torch.zeros_like(tensors[SPARSE])}, teacher / "model-00002-of-00002.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
+    index["weight_map"]["model.other"] = "model-00002-of-00002.safetensors"
+    (teacher / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"expected every tensor once, got {SPARSE} in model-00001.* and model"):
+        check_launch(EngineConfig(str(teacher)))
+
+
+def test_base_that_masks_cut_while_it_loads_is_served(teacher: Path) -> None:
+    """Its class is named beside the masks, and its matrices are whole."""
+    masks = TOY / "masks"
+    mask, indices = masks / "group_keep_mask_25pct.npy", masks / "group_indices_importance_sorted.npy"
+    config = EngineConfig(str(teacher), keep_mask=str(mask), group_indices=str(indices))
+    assert check_launch(config).target.pruned
+    described = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(described | {"shared_expert_intermediate_size": 64}))
+    with pytest.raises(CheckpointError, match="shared_expert"):
+        check_launch(config)
