@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from laguna_serve.plugins.layers import SPARSE, read_setting, resolve_layer_kinds
 
@@ -117,6 +117,11 @@ def _read_quantised(described: Any, key: str, name: str, what: str) -> str:
     groups = described.get("config_groups") if isinstance(described, Mapping) else None
     if method != COMPRESSED_TENSORS or not isinstance(groups, Mapping):
         raise _refuse(name, what, f"{key} of method {method!r}", f"{_BASES}; {_WHOLE}")
+    targets = [group.get("targets", []) for group in groups.values() if isinstance(group, Mapping)]
+    for setting, patterns in (("ignore", described.get("ignore") or []), *(("targets", each) for each in targets)):
+        if not are_patterns(patterns):
+            expected = f"{key}.{setting} to be a list of modules"
+            raise ExpertFormatError(f"{name}: expected {expected}, got {patterns!r}; fetch config.json again")
     group = _find_group(described, groups)
     if group is None:
         return PLAIN
@@ -149,6 +154,19 @@ def _find_group(described: Mapping[str, Any], groups: Mapping[str, Any]) -> Mapp
         ),
         None,
     )
+
+
+def are_patterns(names: object) -> TypeGuard[list[str]]:
+    """Whether these are names of modules, or regular expressions after "re:"."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return False
+    try:
+        for name in names:
+            if name.startswith("re:"):
+                re.compile(name[3:])
+    except re.error:
+        return False
+    return True
 
 
 def matches(pattern: str, module: str) -> bool:

@@ -20,6 +20,10 @@ DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3; what is larger becomes NaN
 
 
+class NotFiniteError(ValueError):
+    """Values that have no scale: NaN or infinity among them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """A weight matrix as it is stored: ``values`` [R, C], with ``scale`` [⌈R/128⌉, ⌈C/128⌉] where they are FP8."""
@@ -94,7 +98,12 @@ def _pad(values: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _choose_scales(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """1 where everything is zero, and a number of the scale's dtype elsewhere, so that nothing is divided by zero."""
+    """1 where everything is zero, and a number of the scale's dtype elsewhere, so that nothing is divided by zero.
+
+    Raises NotFiniteError: one such value would take all that share its scale with it.
+    """
+    if not torch.isfinite(largest).all():
+        raise NotFiniteError("expected finite values, got NaN or infinity; repair the weights")
     return torch.where(largest > 0, (largest / LARGEST).clamp_min(torch.finfo(dtype).tiny), 1.0).to(dtype)
 
 

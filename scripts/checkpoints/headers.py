@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from laguna_serve.plugins.formats.fp8 import count_blocks
 from laguna_serve.serving.checkpoint import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -89,6 +90,18 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def require_block_scales(tensors: Mapping[str, Entry], name: str) -> None:
+    """Check that every matrix in FP8 has scales beside it, one for each 128×128 block. Raises CheckpointError."""
+    for key, entry in tensors.items():
+        if entry.dtype != FP8_DTYPE:
+            continue
+        scale = tensors.get(f"{key}_scale")
+        expected = f"{key}_scale of {[*map(count_blocks, entry.shape)]}, one for each 128×128 block of {[*entry.shape]}"
+        if scale is None or scale.shape != tuple(map(count_blocks, entry.shape)):
+            got = "none" if scale is None else str([*scale.shape])
+            raise CheckpointError(f"{name}: expected {expected}, got {got}; fetch it again, with its config.json")
+
+
 def is_identical(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bytes: NaN equals NaN, and −0 does not equal 0."""
     views = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
@@ -111,7 +124,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = [Path(file).name == file for file in weight_map.values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: expected an index with weight_map, got {error!r}; fetch it again") from None
     if not names or not all(names):
         raise CheckpointError(f"{index}: expected weight_map to name files beside it, got other paths; fetch it again")

@@ -90,7 +90,8 @@ def open_output(folder: Path, base: Path, arguments: JsonObject, journal: str = 
 
 def is_free(folder: Path) -> bool:
     """Whether a checkpoint can be written there: nothing is in it but what a killed run has left of one."""
-    return not folder.exists() or all(path.name == PARTIAL for path in folder.iterdir())
+    left = {PARTIAL, *(f".{journal}{PARTIAL}" for journal in JOURNALS)}
+    return not folder.exists() or all(path.name in left for path in folder.iterdir())
 
 
 def _continue(folder: Path, arguments: JsonObject, journal: str) -> Output:
@@ -106,7 +107,7 @@ def _continue(folder: Path, arguments: JsonObject, journal: str) -> Output:
         raise CheckpointError(
             f"{folder}: expected an empty folder or one to continue in, got other files; choose another --out"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / journal}: expected a journal, got one that cannot be read ({error!r}); remove the folder"
         ) from None

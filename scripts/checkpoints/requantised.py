@@ -11,23 +11,22 @@ Files, their metadata and the order of the tensors are kept, and written one at 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from laguna_serve.plugins.formats.experts import FP8, PLAIN, read_base_format
-from laguna_serve.plugins.formats.fp8 import count_blocks, dequantise_blocks, quantise_blocks
-from laguna_serve.scripts.checkpoints.headers import (
-    FP8_DTYPE,
-    open_files,
-    read_headers,
-)
+from laguna_serve.plugins.formats.fp8 import NotFiniteError, count_blocks, dequantise_blocks, quantise_blocks
+from laguna_serve.scripts.checkpoints.headers import FP8_DTYPE, Entry, open_files, read_headers, require_block_scales
 from laguna_serve.scripts.checkpoints.mirrored import MirroredSource, Planned
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
 from laguna_serve.serving.checkpoint.quantisation import find_rotation
 from laguna_serve.serving.kit.results import JsonObject
 
+# Transformers' spelling of a layer's experts, of which MATRIX knows none.
+FUSED = re.compile(r"\.mlp\.experts\.(?:gate_up_proj|down_proj)$")
 MATRIX = re.compile(r"model\.layers\.\d+\.mlp\.(?:.+\.)?(?:gate|up|down)_proj\.weight")
 KEYS = re.compile(r"(model\.layers\.\d+\.self_attn\.)k_proj\.weight")
 SCALE, KV_SCALES = "_scale", ("k_scale", "v_scale")
@@ -126,18 +125,29 @@ def read_numbers(folder: Path, name: str, to: str) -> NumbersSource:
     if config.get("expert_pruning") or config.get("intermediate_size_per_layer"):
         remedy = "change the numbers first, and cut then"
         raise CheckpointError(f"{name}: expected a checkpoint in stock layout, got one that was cut; {remedy}")
-    wanted = PLAIN if to == FP8 else FP8
-    if read_base_format(config, name) != wanted:
-        raise CheckpointError(f"{name}: expected {wanted} weights for --to {to}, got others; there is nothing to do")
+    stored = read_base_format(config, name)
     tensors, fingerprint = read_headers(folder, name)
-    for key, entry in tensors.items():
-        fits = entry.dtype in PLAIN_DTYPES and len(entry.shape) == 2 if wanted == PLAIN else key + SCALE in tensors
-        if MATRIX.fullmatch(key) and not fits:
-            expected = "plain matrices" if wanted == PLAIN else f"{key}{SCALE} beside it"
-            raise CheckpointError(f"{name}: expected {expected}, got {key} in {entry.dtype}; fetch it again")
-    if not any(map(MATRIX.fullmatch, tensors)):
-        raise CheckpointError(f"{name}: expected feed-forward layers with a matrix each, got none; use published names")
+    quantised = stored == FP8 or any(entry.dtype == FP8_DTYPE for entry in tensors.values())
+    if quantised == (to == FP8):
+        wanted = PLAIN if to == FP8 else FP8
+        raise CheckpointError(f"{name}: expected {wanted} weights for --to {to}, got others; there is nothing to do")
+    if to == FP8:
+        _require_matrices(tensors, name)
+    require_block_scales(tensors, name)
     return NumbersSource(folder, config, tensors, fingerprint, to)
+
+
+def _require_matrices(tensors: Mapping[str, Entry], name: str) -> None:
+    """Check that what is to become FP8 is a plain matrix each, under its published name. Raises CheckpointError."""
+    if fused := next(filter(FUSED.search, tensors), None):
+        remedy = "save it again by transformers' save_pretrained, without save_original_format=False"
+        raise CheckpointError(f"{name}: expected a matrix for each expert, got all of a layer's in {fused}; {remedy}")
+    matrices = {key: entry for key, entry in tensors.items() if MATRIX.fullmatch(key)}
+    for key, entry in matrices.items():
+        if entry.dtype not in PLAIN_DTYPES or len(entry.shape) != 2:
+            raise CheckpointError(f"{name}: expected plain matrices, got {key} in {entry.dtype}; fetch it again")
+    if not matrices:
+        raise CheckpointError(f"{name}: expected feed-forward layers with a matrix each, got none; use published names")
 
 
 def _quantise(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -146,7 +156,10 @@ def _quantise(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: tensor, **{match[1] + part: scale.clone() for part in KV_SCALES}}
     if not MATRIX.fullmatch(name):
         return {name: tensor}
-    matrix = quantise_blocks(tensor)
+    try:
+        matrix = quantise_blocks(tensor)
+    except NotFiniteError as error:
+        raise CheckpointError(f"{name}: {error}") from None
     return {name: matrix.values, name + SCALE: matrix.require_scale()}
 
 

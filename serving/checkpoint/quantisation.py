@@ -7,12 +7,10 @@ What of it runs on which device is support.py's.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
 
-from laguna_serve.plugins.formats.experts import COMPRESSED_TENSORS, FLOAT_QUANTIZED, matches
+from laguna_serve.plugins.formats.experts import COMPRESSED_TENSORS, FLOAT_QUANTIZED, are_patterns, matches
 from laguna_serve.serving.checkpoint.fields import CheckpointError, ConfigJson, Fields, show
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -94,7 +92,7 @@ def read_quantisation(folder: Path, config: ConfigJson) -> Quantisation | None:
         expected = "quantization_config.config_groups to say how modules are stored"
         raise CheckpointError(f"{folder}: expected {expected}, got {show(groups)}; fetch it again")
     ignore = described.get("ignore") or []
-    if not _are_patterns(ignore):
+    if not are_patterns(ignore):
         expected = "quantization_config.ignore to be a list of modules"
         raise CheckpointError(f"{folder}: expected {expected}, got {show(ignore)}; fetch it again")
     name = described.get("format") or next(iter(groups.values())).get("format")
@@ -133,7 +131,7 @@ def _rotates_stream(group: object) -> bool:
     for apply in applied if isinstance(applied, list) else ():
         targets = apply.get("targets") if isinstance(apply, dict) else None
         if (
-            _are_patterns(targets)
+            are_patterns(targets)
             and apply.get("location") == "weight_output"
             and any(matches(target, "model.embed_tokens") for target in targets)
         ):
@@ -143,22 +141,10 @@ def _rotates_stream(group: object) -> bool:
 
 def _read_group(folder: Path, key: str, group: JsonObject) -> Group:
     weights, targets = group.get("weights"), group.get("targets")
-    if not isinstance(weights, dict) or not isinstance(weights.get("num_bits"), int) or not _are_patterns(targets):
+    if not isinstance(weights, dict) or not isinstance(weights.get("num_bits"), int) or not are_patterns(targets):
         expected = f"quantization_config.config_groups.{key} to have targets and weights.num_bits"
         raise CheckpointError(f"{folder}: expected {expected}, got {show(group)}; fetch it again")
     fields = Fields(folder, weights, f"quantization_config.config_groups.{key}.weights.")
     size = fields.integer("group_size") if "group_size" in fields.config else None
     blocks = weights.get("strategy") == "block"
     return Group(tuple(targets), fields.positive("num_bits"), None if size is None or size < 1 else size, blocks)
-
-
-def _are_patterns(names: object) -> TypeGuard[list[str]]:
-    """Whether these are names of modules, or regular expressions after "re:"."""
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return False
-    try:
-        for name in names:
-            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
-    except re.error:
-        return False
-    return True

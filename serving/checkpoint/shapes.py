@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from laguna_serve.plugins.layers import DENSE
-from laguna_serve.plugins.padding import PaddingError, read_widths
 from laguna_serve.serving.checkpoint.fields import CheckpointError
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.parameters import EXPERTS, list_modules
@@ -41,7 +40,7 @@ def require_shapes(target: Target, folder: Path, tensors: Mapping[str, TensorHea
 
 def _require_place(target: Target, folder: Path, name: str) -> None:
     if RENAMED in name:
-        remedy = "rename it: `laguna compact MODEL --random-mask 0` writes the experts and all the rest by vLLM's names"
+        remedy = "save it again by transformers' save_pretrained, without save_original_format=False"
         raise CheckpointError(
             f"{folder}: expected {name.replace(RENAMED, '.mlp.shared_expert.')}, got {name}; {remedy}"
         )
@@ -61,15 +60,24 @@ def _list_shapes(target: Target, folder: Path) -> Iterator[tuple[str, tuple[int,
             yield _shorten(module.name) + WEIGHT, (module.rows, module.columns)
     ends = ("embed_tokens", "lm_head")
     yield from ((end + WEIGHT, (target.vocab_size, target.hidden_size)) for end in ends)
-    try:
-        widths = read_widths(read_config(folder), str(folder))
-    except PaddingError as error:
-        raise CheckpointError(str(error)) from None
-    for layer, width in enumerate(widths or ()):
+    for layer, width in enumerate(_read_widths(folder)):
         if target.mlp_kinds[layer] == DENSE:
             name, wide = f"layers.{layer}.mlp", (width, target.hidden_size)
             yield from ((f"{name}.{part}{WEIGHT}", wide) for part in ("gate_proj", "up_proj"))
             yield f"{name}.down_proj{WEIGHT}", wide[::-1]
+
+
+def _read_widths(folder: Path) -> list[int]:
+    """Read the widths of an unpadded dense model's layers; none of any other's."""
+    config = read_config(folder)
+    if "intermediate_size_per_layer" not in config:
+        return []
+    from laguna_serve.plugins.padding import PaddingError, read_widths  # torch: not where nothing is unpadded
+
+    try:
+        return read_widths(config, str(folder)) or []
+    except PaddingError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _shorten(name: str) -> str:

@@ -143,7 +143,7 @@ def read_target(folder: Path) -> Target:
         max_model_len=fields.positive("max_position_embeddings"),
         dtype=_check_dtype(fields),
         num_experts=fields.integer("num_experts") if SPARSE in kinds else 0,
-        experts_per_token=fields.integer("num_experts_per_tok"),
+        experts_per_token=(fields.positive if SPARSE in kinds else fields.integer)("num_experts_per_tok"),
         expert_size=fields.integer("moe_intermediate_size"),
         shared_expert_size=fields.integer("shared_expert_intermediate_size"),
         mlp_kinds=tuple(kinds),

@@ -6,6 +6,7 @@ Weights loaded again in place, speculation, and what is refused, too.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,16 @@ def test_incomplete_expert_is_not_reported_as_loaded() -> None:
     """vLLM then refuses to start and names the parameters."""
     module, _ = experts(25, masked=True)
     assert "w13_blocks" not in set(module.load_weights(layer_tensors()[1:]))
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("0.up_proj.weight", (256, HIDDEN)), ("3.down_proj.weight", (HIDDEN, 64))])
+def test_expert_of_another_size_is_not_cut(name: str, sizes: tuple[int, int]) -> None:
+    """Its first atoms would pass for all."""
+    module, _ = experts(25, masked=True)
+    expected = [128, HIDDEN] if "up" in name else [HIDDEN, 128]
+    message = re.escape(f"layer: expected {name} {expected}, got {list(sizes)}")
+    with pytest.raises(ValueError, match=message):
+        list(module.load_weights([(name, torch.zeros(sizes))]))
 
 
 @pytest.mark.parametrize(

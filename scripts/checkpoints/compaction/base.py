@@ -25,6 +25,7 @@ from laguna_serve.scripts.checkpoints.headers import (
     Entry,
     open_files,
     read_headers,
+    require_block_scales,
 )
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson, read_config
 from laguna_serve.serving.kit.results import JsonObject
@@ -109,6 +110,7 @@ def read_base(folder: Path, name: str) -> Base:
     base = Base(folder, name, config, shape, tensors, stored, fused and stored == PLAIN, sharded, fingerprint)
     _check_dtypes(base)
     _check_experts(base)
+    require_block_scales(tensors, name)
     return base
 
 

@@ -45,7 +45,7 @@ def measure_rounding(job: Compaction) -> Rounding:
 def _measure(values: torch.Tensor, atoms: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Squared errors by atom and by block, and squared weights, of the kept rows of [N, H]."""
     kept = values[atoms].float()
-    rounded, blocks = quantise_atoms(kept, dtype), quantise_blocks(values, dtype)
+    rounded, blocks = quantise_atoms(kept, dtype), quantise_blocks(values.nan_to_num(0.0, 0.0, 0.0), dtype)
     errors = (dequantise_atoms(rounded.values, rounded.require_scale()) - kept, blocks.float()[atoms] - kept)
     return torch.stack([part.double().square().sum() for part in (*errors, kept)])
 

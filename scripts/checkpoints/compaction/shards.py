@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 
 from laguna_serve.plugins.formats.experts import FP8
-from laguna_serve.plugins.formats.fp8 import Matrix, count_blocks, quantise_atoms
+from laguna_serve.plugins.formats.fp8 import Matrix, NotFiniteError, count_blocks, quantise_atoms
 from laguna_serve.plugins.pruning import Pruning
 from laguna_serve.scripts.checkpoints.compaction.base import Base, Expert, read_experts
 from laguna_serve.scripts.checkpoints.headers import ITEM_BYTES, open_files
+from laguna_serve.serving.checkpoint import CheckpointError
 
 Advance = Callable[[int], None]
 # transformers' own names → those of the published checkpoints, for a base in its fused spelling.
@@ -181,5 +182,9 @@ def gather_blocks(job: Compaction, layer: int, expert: Expert) -> tuple[Matrix, 
     if not job.rounds:
         return parts
     dtype = TORCH_DTYPES[SCALE_DTYPE]
-    gate, up, down = (quantise_atoms(part.values, dtype) for part in parts)
+    try:
+        gate, up, down = (quantise_atoms(part.values, dtype) for part in parts)
+    except NotFiniteError as error:
+        where = f"layer {job.base.shape.layers[layer]}, expert {number}"
+        raise CheckpointError(f"{job.base.name}: {where}: {error}") from None
     return gate, up, down

@@ -85,8 +85,11 @@ def _compare_passed(job: Compaction, shard: Shard, base: dict[str, Any], made: A
 def _compare_layer(job: Compaction, layer: int, where: dict[str, str], out: Path) -> float:
     x, weights, ids = _draw_inputs(job, layer)
     wanted = _run_experts(job, layer, job.base.folder, _keep_atoms(job, layer), x, weights, ids)
+    if not torch.isfinite(wanted).all():
+        expected = f"finite weights of layer {job.base.shape.layers[layer]}, for something to compare"
+        raise DifferenceError(f"{job.base.name}: expected {expected}, got NaN or infinity; repair the base")
     if job.zeroed:
-        every = torch.ones(job.base.shape.num_experts, job.base.shape.intermediate_size)
+        every = torch.ones(job.base.shape.num_experts, job.base.shape.intermediate_size, dtype=torch.bool)
         got = _run_experts(job, layer, out, every, x, weights, ids)
     else:
         names = block_names(job, layer)
@@ -127,10 +130,10 @@ def _draw_inputs(job: Compaction, layer: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _keep_atoms(job: Compaction, layer: int) -> torch.Tensor:
-    """[E, N]: 1 for an atom that stays, 0 for one that goes."""
-    kept = torch.zeros(job.base.shape.num_experts, job.base.shape.intermediate_size)
+    """[E, N] bool: whether an atom stays."""
+    kept = torch.zeros(job.base.shape.num_experts, job.base.shape.intermediate_size, dtype=torch.bool)
     for expert, atoms in enumerate(job.pruning.indices[layer]):
-        kept[expert].scatter_(0, torch.from_numpy(atoms[job.pruning.keep[layer, expert]]).flatten(), 1.0)
+        kept[expert, torch.from_numpy(atoms[job.pruning.keep[layer, expert]]).flatten()] = True
     return kept
 
 
@@ -143,19 +146,22 @@ def _run_experts(
     weights: torch.Tensor,
     ids: torch.Tensor,
 ) -> torch.Tensor:
-    """Σ over a token's experts of weight · expert(x) in fp32, from matrices in the base's layout; kept [E, N]."""
+    """Σ over a token's experts of weight · expert(x) in fp32, from matrices in the base's layout; kept [E, N] bool.
+
+    Atoms that go are left out before anything is computed: NaN times zero is NaN.
+    """
     out = torch.zeros_like(x)
     for expert, *matrices in read_experts(folder, job.base, job.base.shape.layers[layer]):
         rows, slots = (ids == expert).nonzero(as_tuple=True)
-        gate, up, down = (
-            _round(matrix) if job.rounds else matrix.float() for matrix in (*matrices[:2], matrices[2].t())
-        )
-        hidden = F.silu(x[rows] @ gate.t()) * (x[rows] @ up.t()) * kept[expert]
+        stays = kept[expert]
+        rows_of_atoms = (matrices[0], matrices[1], matrices[2].t())
+        gate, up, down = (_round(m, stays) if job.rounds else m.float()[stays] for m in rows_of_atoms)
+        hidden = F.silu(x[rows] @ gate.t()) * (x[rows] @ up.t())
         out.index_add_(0, rows, (hidden @ down) * weights[rows, slots, None])
     return out
 
 
-def _round(matrix: Matrix) -> torch.Tensor:
-    """Rows of atoms [N, H] as they are in FP8, in fp32."""
-    rounded = quantise_atoms(matrix.values, TORCH_DTYPES[SCALE_DTYPE])
+def _round(matrix: Matrix, stays: torch.Tensor) -> torch.Tensor:
+    """Rows of the atoms of [N, H] that stay as they are in FP8, in fp32."""
+    rounded = quantise_atoms(matrix.values[stays], TORCH_DTYPES[SCALE_DTYPE])
     return dequantise_atoms(rounded.values, rounded.require_scale())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -246,3 +247,30 @@ def test_blocks_that_no_kernel_takes_are_noted(
     assert compact.main(command) == 0
     note = "what was cut from it cannot be served: expected blocks of a multiple of 16 atoms, got 4; "
     assert (note in capsys.readouterr().err) == (not flags)
+
+
+@pytest.mark.parametrize("form", [(), ("--zeroed",), ("--to", "fp8")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_pruned_may_be_anything_and_what_is_kept_may_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: tuple[str, ...], value: float
+) -> None:
+    cfg = config()
+    tensors, flags = weights(cfg), write_masks(tmp_path, cfg)
+    keep, indices = np.load(tmp_path / "keep.npy"), np.load(tmp_path / "indices.npy")
+    layer, expert = map(int, np.argwhere(~keep)[0][:2])
+    prefix = f"model.layers.{layer + 1}.mlp.experts.{expert}"
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        tensor = tensors[f"{prefix}.{name}.weight"]
+        rows = tensor.t() if name == "down_proj" else tensor
+        rows[torch.from_numpy(indices[layer, expert][~keep[layer, expert]]).flatten()] = value
+    write_base(tmp_path / "base", cfg, tensors)
+    assert run(capsys, tmp_path / "base", *flags, *form, "--out", tmp_path / "out", "--verify")[0] == 0
+    layer, expert, group = map(int, np.argwhere(keep)[0])
+    tensors[f"model.layers.{layer + 1}.mlp.experts.{expert}.up_proj.weight"][indices[layer, expert, group, 0], 1] = (
+        value
+    )
+    write_base(tmp_path / "base", cfg, tensors)
+    code = compact.main([*map(str, (tmp_path / "base", *flags, *form, "--out", tmp_path / "other", "--verify"))])
+    said = capsys.readouterr()
+    assert code == (2 if form == ("--to", "fp8") else 1)
+    assert re.search(r"expected finite .*, got NaN or infinity; repair the", said.out + said.err)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from laguna_serve.scripts.checkpoints.output import PARTIAL, is_free, save_checkpoint
+from laguna_serve.scripts.checkpoints.output import JOURNALS, PARTIAL, is_free, save_checkpoint
 from laguna_serve.serving.checkpoint import CheckpointError
 
 
@@ -69,4 +69,13 @@ def test_what_a_killed_run_has_left_is_no_obstacle(tmp_path: Path) -> None:
     assert is_free(tmp_path / "missing")
     save_checkpoint(tmp_path, save)
     assert not (tmp_path / PARTIAL).exists()
+    assert not is_free(tmp_path)
+
+
+@pytest.mark.parametrize("journal", JOURNALS)
+def test_folder_of_a_run_that_was_killed_at_once_is_free(tmp_path: Path, journal: str) -> None:
+    """Before its first journal was in place: the same command continues."""
+    (tmp_path / f".{journal}.partial").write_text("{")
+    assert is_free(tmp_path)
+    (tmp_path / "model.safetensors").write_text("")
     assert not is_free(tmp_path)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compact_cases import config, read_tensors, weights, write_base
+from compact_cases import config, fuse, read_tensors, weights, write_base
+from compact_cases import quantise as quantise_release
 
-from laguna_serve.plugins.formats.fp8 import quantise_atoms, quantise_blocks
-from laguna_serve.scripts.checkpoints import quantise, unpad
+from laguna_serve.plugins.formats.fp8 import dequantise_blocks, quantise_atoms, quantise_blocks
+from laguna_serve.scripts.checkpoints import compact, quantise, unpad
 from laguna_serve.serving.checkpoint import read_target
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -211,3 +212,86 @@ def test_weights_under_other_names_are_named(tmp_path: Path, capsys: pytest.Capt
     code, _, said = run(capsys, quantise.main, tmp_path / "base", "--to", "fp8", "--dry-run")
     assert code == 2
     assert f"expected model.safetensors or model.safetensors.index.json, got neither, but {name}; fetch " in said
+
+
+def test_a_layers_experts_in_one_tensor_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would stay plain beside a config that says FP8."""
+    cfg = config(hidden=160, width=144)
+    write_base(tmp_path / "base", cfg, fuse(cfg, weights(cfg)))
+    flags = (tmp_path / "base", "--to", "fp8", "--out", tmp_path / "fp8")
+    code, _, said = run(capsys, quantise.main, *flags)
+    assert code == 2
+    assert "expected a matrix for each expert, got all of a layer's in model.layers.1.mlp.experts" in said
+
+
+FIRST = "model.layers.0.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize("scale", [(3, 3), (2, 1), (1,), (1, 3), None])
+@pytest.mark.parametrize("name", [FIRST, "model.layers.1.self_attn.q_proj.weight"])
+def test_scales_that_are_not_one_a_block_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, scale: tuple[int, ...] | None
+) -> None:
+    cfg, tensors = quantise_all(config(hidden=160, width=144))
+    tensors[name] = torch.ones(tensors[name].shape).to(torch.float8_e4m3fn)
+    tensors.pop(f"{name}_scale", None)
+    if scale is not None:
+        tensors[f"{name}_scale"] = torch.ones(scale).bfloat16()
+    write_base(tmp_path / "fp8", cfg, tensors)
+    code, _, said = run(capsys, quantise.main, tmp_path / "fp8", "--to", "bf16", "--out", tmp_path / "bf16")
+    assert code == 2
+    assert f"expected {name}_scale of [1, 2], one for each 128×128 block of" in said
+    mask = ("--random-mask", "0", "--block-size", 16, "--out", tmp_path / "cut")
+    code, _, said = run(capsys, compact.main, tmp_path / "fp8", *mask)
+    assert (code, f"expected {name}_scale of [1, 2]" in said) == (2, True)
+
+
+def quantise_all(cfg: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return quantise_release(cfg, weights(cfg))
+
+
+@pytest.mark.parametrize("plain", ["shared_expert", r"layers\.1\."])
+def test_layers_that_a_recipe_left_plain_stay_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: str
+) -> None:
+    cfg, tensors = quantise_all(config(hidden=160, width=144))
+    for name in [name for name in tensors if re.search(plain, name) and name.endswith("weight_scale")]:
+        matrix = name.removesuffix("_scale")
+        tensors[matrix] = tensors[matrix].bfloat16()
+        del tensors[name]
+    cfg["quantization_config"] = cfg["quantization_config"] | {
+        "ignore": [*cfg["quantization_config"]["ignore"], f"re:.*{plain}.*"]
+    }
+    write_base(tmp_path / "fp8", cfg, tensors)
+    assert run(capsys, quantise.main, tmp_path / "fp8", "--to", "fp32", "--out", tmp_path / "plain")[0] == 0
+    made = read_tensors(tmp_path / "plain")
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight"):
+            scale = tensors.get(f"{name}_scale")
+            expected = tensor.float() if scale is None else dequantise_blocks(tensor, scale)
+            assert torch.equal(made[name].float(), expected), name
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_value_that_is_not_finite_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float) -> None:
+    """It would take its whole block with it."""
+    cfg = config(hidden=160, width=144)
+    tensors = weights(cfg)
+    tensors[FIRST][3, 5] = value
+    write_base(tmp_path / "base", cfg, tensors)
+    code, _, said = run(capsys, quantise.main, tmp_path / "base", "--to", "fp8", "--out", tmp_path / "fp8")
+    assert code == 2
+    assert f"{FIRST}: expected finite values, got NaN or infinity" in said
+
+
+@pytest.mark.parametrize("ignore", [[1], ["re:("], "lm_head", {"a": 1}])
+def test_modules_to_ignore_that_are_none_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ignore: Any
+) -> None:
+    cfg, tensors = quantise_all(config(hidden=160, width=144))
+    cfg["quantization_config"] = cfg["quantization_config"] | {"ignore": ignore}
+    write_base(tmp_path / "fp8", cfg, tensors)
+    for main, flags in ((quantise.main, ("--to", "bf16")), (compact.main, ("--random-mask", "0", "--block-size", 16))):
+        code, _, said = run(capsys, main, tmp_path / "fp8", *flags, "--out", tmp_path / "out")
+        assert code == 2
+        assert "expected quantization_config.ignore to be a list of modules, got" in said

@@ -200,7 +200,9 @@ def test_transformers_name_of_shared_experts_is_refused_with_what_renames_it(tea
     weights = teacher / "model.safetensors"
     tensors = {name.replace(".shared_expert.", ".shared_experts."): t for name, t in load_file(weights).items()}
     save_file(tensors, weights)
-    with pytest.raises(CheckpointError, match=r"expected .*shared_expert\.\w+.*, got .*shared_experts\..*; rename it"):
+    with pytest.raises(
+        CheckpointError, match=r"expected .*shared_expert\.\w+.*, got .*shared_experts\..*; save it again"
+    ):
         check_launch(EngineConfig(str(teacher)))
 
 
