@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,10 +177,11 @@ def test_fp8_values_with_their_scale_are_taken(teacher: Path) -> None:
             {"intermediate_size": 300},
             r"layers\.\d\.mlp\.\w+\.weight of (300×\d+|\d+×300), as config.json says",
         ),
+        ("dense", {"intermediate_size_per_layer": [672, 656, *[672] * 4]}, r"layers\.1\.mlp\.\w+\.weight of .*656"),
         ("dense", {"num_key_value_heads": 1}, r"self_attn\.[kv]_proj\.weight of"),
     ],
 )
-def test_sizes_are_those_of_config_json(model: str, said: dict[str, int], message: str, tmp_path: Path) -> None:
+def test_sizes_are_those_of_config_json(model: str, said: dict[str, Any], message: str, tmp_path: Path) -> None:
     """vLLM would serve a part of what is larger, and what lay in memory behind what is smaller."""
     path = Path(shutil.copytree(TOY / model, tmp_path / model))
     (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | said))
