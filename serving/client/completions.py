@@ -14,7 +14,7 @@ from typing import ClassVar, TypeVar
 
 import aiohttp
 
-from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.errors import EndpointError, find_broken_end
 from laguna_serve.serving.client.logprobs import Probe, decode_probe
 from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
@@ -198,7 +198,11 @@ class Client:
                     raise EndpointError(
                         f"request: HTTP {response.status}: {(await response.text(errors='replace'))[:200]}"
                     )
-                return decode(await response.json())
+                answer = await response.json()
+                for choice in answer.get("choices") or ():
+                    if (broken := find_broken_end(choice.get("finish_reason"))) is not None:
+                        raise EndpointError(f"request: {broken}")
+                return decode(answer)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EndpointError(f"request: {type(error).__name__}: {error}") from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -11,3 +11,17 @@ class EndpointError(CommandError, RuntimeError):
 
 class RefusedError(EndpointError):
     """An endpoint that does not take a request for what is in it: a prompt longer than its context, say."""
+
+
+# What an answer's end is called by the OpenAI API, by vLLM, and by other servers that answer like it (in lower case).
+ENDS = frozenset(
+    ("stop", "length", "repetition", "tool_calls", "function_call")
+    + ("eos", "eos_token", "stop_sequence", "end_turn", "tool_use", "complete", "max_tokens", "model_length")
+)
+
+
+def find_broken_end(reason: object) -> str | None:
+    """Say that an answer was broken off, as of "abort"; None of one that ended, and where a server does not say."""
+    if not isinstance(reason, str) or reason.lower() in ENDS:
+        return None
+    return f"expected a whole answer, got finish_reason {reason[:40]!r}"

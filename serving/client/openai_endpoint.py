@@ -14,7 +14,7 @@ from typing import Any, Literal
 import openai
 
 from laguna_serve.serving.client.completions import find_root
-from laguna_serve.serving.client.errors import EndpointError, RefusedError
+from laguna_serve.serving.client.errors import EndpointError, RefusedError, find_broken_end
 from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -95,7 +95,7 @@ class Endpoint:
             top: so many log-probabilities of each token; a completion's are by text: tokens of one text are one.
 
         Raises:
-            EndpointError: there is none.
+            EndpointError: there is none, or one that the server broke off.
         """
         said: Any = None  # the response
         try:
@@ -133,6 +133,8 @@ class Endpoint:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             got = f"{type(error).__name__} of {_shorten(said.text) if said else 'nothing'}"
             raise EndpointError(f"{self.base_url}: expected an OpenAI answer, got {got}") from error
+        if (broken := find_broken_end(reason)) is not None:
+            raise EndpointError(f"{self.base_url}: {broken}")
         versions = {name: said.headers[name] for name in VERSION_HEADERS if name in said.headers}
         ended = reason if isinstance(reason, str) else None  # the client reads any JSON, whatever its types say
         return Answer(text, ended, _read_count(tokens), versions, tuple(map(tuple, likeliest)) or None)

@@ -13,6 +13,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from laguna_serve.serving.client.errors import find_broken_end
 from laguna_serve.serving.client.sse import DONE, SseParser
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -147,6 +148,8 @@ def _take_event(record: Record, event: JsonObject, arrived_ns: int) -> str | Non
 def _find_fault(record: Record, done: bool) -> str | None:
     if not done:
         return f"stream: expected a closing [DONE], got the end of the body after {len(record.token_ids)} tokens"
+    if (broken := find_broken_end(record.finish_reason)) is not None:
+        return f"stream: {broken} after {len(record.token_ids)} tokens"
     if not record.token_ids:
         return "stream: expected token_ids in its chunks, got none; the engine must support return_token_ids"
     if record.usage_tokens is not None and record.usage_tokens != len(record.token_ids):

@@ -13,7 +13,7 @@ from mock_engine import MockServer
 from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.counters import Counters, scrape_counters
 from laguna_serve.serving.client.errors import EndpointError
-from laguna_serve.serving.client.records import Prompt, Record
+from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
 
 LATIN = "Zugriff verweigert: gesperrt für Sie".encode("latin-1")
 
@@ -49,6 +49,34 @@ def test_probe_of_an_odd_answer_is_one_line(body: bytes) -> None:
 
     with odd(body) as url, pytest.raises(EndpointError, match="expected vLLM's answer, got"):
         asyncio.run(probe(url))
+
+
+ABORTED = (
+    b'{"choices": [{"token_ids": [1], "text": "a", "logprobs": {"top_logprobs": [{"1": -1.0}]}, "finish_reason": %s}]}'
+)
+
+
+@pytest.mark.parametrize("reason", [b'"abort"', b'"error"', b'"content_filter"', b'"gone away"'])
+def test_an_answer_that_was_broken_off_is_none(reason: bytes) -> None:
+    """vLLM answers 200 for requests that it aborts, with what there is of a text."""
+
+    async def probe(url: str) -> None:
+        async with open_session() as session:
+            await Client(session, url, "fake", 1).probe("p")
+
+    named = reason.decode().strip('"')
+    with odd(ABORTED % reason) as url, pytest.raises(EndpointError, match=f"got finish_reason '{named}'"):
+        asyncio.run(probe(url))
+    event = b"data: " + ABORTED % reason + b"\n\ndata: [DONE]\n\n"
+    record = decode_stream(RawStream("p", 0, 9, [(1, event)]))
+    assert record.error == f"stream: expected a whole answer, got finish_reason '{named}' after 1 tokens"
+
+
+@pytest.mark.parametrize("reason", [b'"stop"', b'"length"', b'"repetition"', b'"eos_token"', b'"STOP"', b"null", b"7"])
+def test_an_answer_that_ended_is_one_whatever_its_server_calls_that(reason: bytes) -> None:
+    assert (
+        decode_stream(RawStream("p", 0, 9, [(1, b"data: " + ABORTED % reason + b"\n\ndata: [DONE]\n\n")])).error is None
+    )
 
 
 def test_refusal_in_another_encoding_is_a_failed_request() -> None:

@@ -53,6 +53,18 @@ def test_text_in_parts_is_put_together() -> None:
         assert ask(server.url, "chat").text == "é!"
 
 
+@pytest.mark.parametrize("form", ["chat", "completion"])
+def test_what_a_server_broke_off_is_no_answer(form: Form) -> None:
+    """A grader would take what there is of it for a wrong one."""
+    answer = say("")
+    answer["choices"][0] |= {"finish_reason": "abort"}
+    with (
+        answering(lambda body: answer) as server,
+        pytest.raises(EndpointError, match="expected a whole answer, got finish_reason 'abort'"),
+    ):
+        ask(server.url, form)
+
+
 @pytest.mark.parametrize("text", [5, ["é"], [{"type": "text"}], {"text": "é"}])
 def test_what_is_no_text_is_no_answer(text: Any) -> None:
     with answering(lambda body: say(text)) as server:
