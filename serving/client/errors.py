@@ -13,11 +13,13 @@ class RefusedError(EndpointError):
     """An endpoint that does not take a request for what is in it: a prompt longer than its context, say."""
 
 
-# What an answer's end is called by the OpenAI API, by vLLM, and by other servers that answer like it (in lower case).
-ENDS = frozenset(
-    ("stop", "length", "repetition", "tool_calls", "function_call")
-    + ("eos", "eos_token", "stop_sequence", "end_turn", "tool_use", "complete", "max_tokens", "model_length")
+# What an answer's end is called by the OpenAI API, and by vLLM and other servers that answer like it; in lower case.
+OPENAI_ENDS = ("stop", "length", "tool_calls", "function_call")
+OTHER_ENDS = (
+    *("repetition", "eos", "eos_token", "stop_sequence", "end_turn"),
+    *("tool_use", "complete", "max_tokens", "model_length"),
 )
+ENDS = frozenset((*OPENAI_ENDS, *OTHER_ENDS))
 
 
 def find_broken_end(reason: object) -> str | None:
