@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from laguna_serve.bench.certificate.result import Certificate, Divergence, LoadR
 from laguna_serve.bench.certificate.runner import ROW_CHECK
 from laguna_serve.bench.certificate.verdict import AGAIN, CLASSES, DEFECT, DRIFT_RATIO, IDENTICAL, ROW_MATCHED
 from laguna_serve.bench.harness.prompts import describe_load
+from laguna_serve.bench.stats.intervals import bound_mismatch_rate
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
 
@@ -44,18 +46,25 @@ def summarise(result: Certificate) -> str:
     mismatches = sum(load.candidate.mismatches for load in loads)
     if result.verdict == DEFECT:
         return f"Defect: {'; '.join(result.reasons)}. {scope}, {mismatches} of {answers} answers differ."
-    bound = max(load.candidate.bound95 for load in loads)
+    bound = _bound_anywhere(result)
     if result.verdict == IDENTICAL:
         return (
             f"Identical: every token and byte of {scope} is the baseline's. At 95% confidence at most {bound:.2%} of "
             "such prompts differ at any of these loads."
         )
-    defects = max(load.candidate.defect_bound95 for load in loads)
+    defects = _bound_anywhere(result, ("defect",))
     return (
         f"Equal up to ties: {mismatches} of {answers} answers ({scope}) part from the baseline's, each where the two "
         f"tokens lie closer together than rounding can tell. At 95% confidence at most {bound:.2%} of such prompts "
         f"differ at any of these loads, and at most {defects:.2%} by more than rounding."
     )
+
+
+def _bound_anywhere(result: Certificate, classes: Sequence[str] = CLASSES) -> float:
+    """Bound the share of prompts that differ, in one of these ways, at one load or more."""
+    divergences = [divergence for load in result.loads for divergence in load.candidate.divergences]
+    differing = {divergence.prompt_id for divergence in divergences if divergence.classification in classes}
+    return bound_mismatch_rate(len(differing), result.workload.prompts)
 
 
 def tabulate(result: Certificate) -> Table:

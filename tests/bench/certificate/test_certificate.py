@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from laguna_serve.bench.certificate import rescoring
 from laguna_serve.bench.certificate.passes import Answers
-from laguna_serve.bench.certificate.result import LoadResult, Replayed, StreamCheck
+from laguna_serve.bench.certificate.report import summarise
+from laguna_serve.bench.certificate.result import Certificate, LoadResult, Replayed, StreamCheck
 from laguna_serve.bench.certificate.row_matched import write_blank_drafter
 from laguna_serve.bench.certificate.verdict import (
     AGAIN,
@@ -26,10 +27,13 @@ from laguna_serve.bench.certificate.verdict import (
     judge_load,
     judge_streams,
 )
+from laguna_serve.bench.stats.intervals import bound_mismatch_rate
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Record
+from laguna_serve.serving.kit.results import read_result
 from laguna_serve.serving.kit.run_dir import RunDirError, claim_folder, fingerprint
 
+ROOT = Path(__file__).resolve().parents[3]
 TOY = Path(__file__).resolve().parents[2] / "toy"
 PROMPTS = [f"p{i}" for i in range(12)]
 LENGTH = 8
@@ -72,12 +76,14 @@ def judge(
     return judge_load(Load(4, baseline, candidate, controls), dtype, seed=0)
 
 
-def near_tie(ours: float = -0.7, margin: float = 0.001) -> tuple[dict[str, Probe], dict[str, Probe]]:
-    """Baseline and candidate that part at token 3 of p5, each preferring its own token by `margin`."""
+def near_tie(
+    ours: float = -0.7, margin: float = 0.001, prompt: str = "p5"
+) -> tuple[dict[str, Probe], dict[str, Probe]]:
+    """Baseline and candidate that part at token 3 of a prompt, each preferring its own token by `margin`."""
     baseline, candidate = everyone(), everyone(0.001)
     tie = {13: ours, 14: ours - margin}
-    baseline["p5"] = replace(baseline["p5"], top=(*baseline["p5"].top[:3], tie, *baseline["p5"].top[4:]))
-    candidate["p5"] = part(candidate["p5"], 3, ours - margin, ours)
+    baseline[prompt] = replace(baseline[prompt], top=(*baseline[prompt].top[:3], tie, *baseline[prompt].top[4:]))
+    candidate[prompt] = part(candidate[prompt], 3, ours - margin, ours)
     return baseline, candidate
 
 
@@ -97,6 +103,20 @@ def test_mismatch_within_the_controls_noise_is_a_near_tie() -> None:
     assert (found.prompt_id, found.index, found.classification) == ("p5", 3, "near_tie")
     assert found.before.endswith("12 1")
     assert (found.baseline_text, found.candidate_text) == ("3 14 15 16 17", "4 14 15 16 17")
+
+
+def test_headline_bounds_prompts_that_differ_at_any_load() -> None:
+    """Each load has one of its own: two of the twelve differ at one load or the other."""
+    loads = []
+    for prompt in ("p5", "p7", "p7"):
+        baseline, candidate = near_tie(prompt=prompt)
+        loads.append(judge(candidate, baseline=baseline))
+    made = read_result(ROOT / "bench/results/toy-certificate-cpu/certificate.json", Certificate)
+    workload = structs.replace(made.workload, prompts=len(PROMPTS))
+    summary = summarise(structs.replace(made, verdict=UP_TO_TIES, workload=workload, loads=loads))
+    assert "3 of 36 answers" in summary
+    assert f"at most {bound_mismatch_rate(2, 12):.2%} of such prompts differ at any of these loads" in summary
+    assert f"and at most {bound_mismatch_rate(0, 12):.2%} by more than rounding" in summary
 
 
 def test_mismatch_beyond_the_controls_noise_is_a_defect() -> None:
