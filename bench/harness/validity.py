@@ -1,9 +1,9 @@
 """Which figures may not be reported, and why.
 
 A figure that these guards withhold is null in the JSON and "refused" in the table. The rules, per arm: a request
-failed; the prefix cache served timed prompts; the engine served somebody else meanwhile. Between arms: they saw
-different prompt tokens or gave different lengths; a configured drafter never drafted; the run was cut short (someone
-who may stop when the figures look good would bias them).
+failed; the prefix cache served timed prompts; the engine served somebody else meanwhile; answers ended early that were
+not to. Between arms: they saw different prompt tokens or gave different lengths; a configured drafter never drafted;
+the run was cut short (someone who may stop when the figures look good would bias them).
 """
 
 from __future__ import annotations
@@ -132,6 +132,21 @@ def _judge_pairs(run: Run, plan: Plan) -> Iterator[Refusal]:
     lengths = sum(len(left.token_ids) != len(right.token_ids) for left, right in shared)
     if lengths and not plan.stop_at_eos:  # else each arm's own tokens are counted, and where they part is in parity
         yield Refusal(SPEEDUP, f"the arms' answers differ in length on {lengths} prompts")
+    if not plan.stop_at_eos:
+        yield from (Refusal(SPEEDUP, reason) for name in ARMS for reason in _find_early_ends(name, run, plan))
+
+
+def _find_early_ends(name: str, run: Run, plan: Plan) -> Iterator[str]:
+    """Say where an arm's answers are shorter than they were asked to be, as of an endpoint that ends them itself."""
+    asked = {prompt.id: min(prompt.max_tokens or plan.max_tokens, plan.max_tokens) for prompt in plan.prompts}
+    records = [record for arm in run.passes(name) for record in arm.records.values() if record.error is None]
+    early = [record for record in records if len(record.token_ids) < asked[record.prompt_id]]
+    if early:
+        first = early[0]
+        yield (
+            f"{len(early)} of the {name}'s answers ended before the tokens that were asked for (prompt "
+            f"{first.prompt_id}: {len(first.token_ids)} of {asked[first.prompt_id]}): ignore_eos is not obeyed"
+        )
 
 
 def _judge_ending(run: Run, plan: Plan) -> Iterator[Refusal]:

@@ -74,6 +74,21 @@ def test_different_lengths_withhold_the_speedup(run_ab: RunAb) -> None:
     assert len(result["parity"]["divergences"]) == 5  # the line is short; the file has all
 
 
+def test_answers_that_end_early_withhold_the_speedup(run_ab: RunAb) -> None:
+    """As of a server that does not know ignore_eos: both arms' lengths agree."""
+    status, result, _ = run_ab(Settings(shorten=2), Settings(shorten=2))
+    assert (status, result["speedup"]["point"]) == (1, None)
+    for name, reason in zip(("baseline", "candidate"), reasons(result, "speedup"), strict=True):
+        assert reason.startswith(f"10 of the {name}'s answers ended before the tokens that were asked for (prompt p")
+        assert reason.endswith(": 10 of 12): ignore_eos is not obeyed")
+
+
+def test_answers_that_are_to_be_shorter_do_not_end_early(run_ab: RunAb, prompts_file: Path) -> None:
+    lines = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    prompts_file.write_text("".join(json.dumps({**line, "max_tokens": 7}) + "\n" for line in lines))
+    assert run_ab(Settings(), Settings())[1]["refused"] == []
+
+
 def test_a_drafter_that_never_drafts_withholds_the_speedup(
     prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
