@@ -72,7 +72,10 @@ async def measure_rows(arm: Arm, plan: Plan, rows: int) -> float | None:
     """Mean ms of a plain step over so many rows, as many sequences decoding together.
 
     That is what verifying them takes, and what a speculative step takes beyond it is the drafter's. None with fewer
-    prompts than rows.
+    prompts than rows, and where a request failed of an engine that lives.
+
+    Raises:
+        EngineError: the engine died.
     """
     prompts = plan.prompts
     if rows > len(prompts):
@@ -80,6 +83,9 @@ async def measure_rows(arm: Arm, plan: Plan, rows: int) -> float | None:
     async with open_session() as session:
         client = await arm.connect(session, plan.max_tokens)
         records = await client.run_round(prompts[:rows])
+    if any(record.error is not None for record in records):
+        await arm.look_for_death()
+        return None
     # From when the last prompt has been read to when the first answer ends, all rows are in every step.
     begin = max(record.chunk_ns[0] for record in records)
     end = min(record.chunk_ns[-1] for record in records)

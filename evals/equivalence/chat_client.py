@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from laguna_serve.serving.client.completions import Client
-from laguna_serve.serving.client.logprobs import Probe
+from laguna_serve.serving.client.logprobs import Probe, read_logprob
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -34,11 +34,14 @@ def decode_chat(answer: JsonObject) -> Probe:
     """Read a chat answer, as parity.decode_probe reads a completion's.
 
     Raises:
-        KeyError, TypeError, ValueError: a field is missing or of another kind.
+        KeyError, TypeError, ValueError: a field is missing or of another kind, or a log-probability is not finite.
     """
     choice = answer["choices"][0]
     top = tuple(
-        {int(item["token"].removeprefix("token_id:")): float(item["logprob"]) for item in [*step["top_logprobs"], step]}
+        {
+            int(item["token"].removeprefix("token_id:")): read_logprob(item["logprob"])
+            for item in [*step["top_logprobs"], step]
+        }
         for step in choice["logprobs"]["content"]
     )
     text, prompt_ids = choice["message"]["content"] or "", tuple(answer.get("prompt_token_ids") or ())

@@ -15,7 +15,7 @@ from typing import ClassVar, TypeVar
 import aiohttp
 
 from laguna_serve.serving.client.errors import EndpointError, find_broken_end
-from laguna_serve.serving.client.logprobs import Probe, decode_probe
+from laguna_serve.serving.client.logprobs import Probe, decode_probe, read_logprob
 from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
 from laguna_serve.serving.kit.results import JsonObject
@@ -133,7 +133,7 @@ class Client:
 
         def decode(answer: JsonObject) -> list[float]:
             steps = answer["choices"][0]["prompt_logprobs"][1:]
-            return [-float(next(iter(step.values()))["logprob"]) for step in steps]
+            return [-read_logprob(next(iter(step.values()))["logprob"]) for step in steps]
 
         return await self._ask(self._url, body, decode)
 
@@ -148,7 +148,9 @@ class Client:
         def decode(answer: JsonObject) -> list[dict[int, float]]:
             steps = answer["choices"][0]["prompt_logprobs"][1:]
             # The prompt's own token comes, too, whatever its rank.
-            return [{int(i): float(t["logprob"]) for i, t in step.items() if t["rank"] <= count} for step in steps]
+            return [
+                {int(i): read_logprob(t["logprob"]) for i, t in step.items() if t["rank"] <= count} for step in steps
+            ]
 
         return await self._ask(self._url, body, decode)
 

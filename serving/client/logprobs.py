@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from laguna_serve.serving.kit.results import JsonObject
@@ -22,15 +23,28 @@ class Probe:
     prompt_ids: tuple[int, ...] = ()
 
 
+def read_logprob(value: object) -> float:
+    """Read a log-probability.
+
+    Raises:
+        TypeError, ValueError: it is none; NaN would compare as no difference at all.
+    """
+    if not isinstance(value, int | float):
+        raise TypeError(f"a log-probability that is {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"a log-probability that is {value}; is the model sound?")
+    return float(value)
+
+
 def decode_probe(answer: JsonObject) -> Probe:
     """Read a completion answered with `return_token_ids`, `logprobs` and `return_tokens_as_token_ids` ("token_id:7").
 
     Raises:
-        KeyError, TypeError, ValueError: a field is missing or of another kind.
+        KeyError, TypeError, ValueError: a field is missing or of another kind, or a log-probability is not finite.
     """
     choice = answer["choices"][0]
     top = tuple(
-        {int(name.removeprefix("token_id:")): float(value) for name, value in step.items()}
+        {int(name.removeprefix("token_id:")): read_logprob(value) for name, value in step.items()}
         for step in choice["logprobs"]["top_logprobs"]
     )
     prompt_ids = tuple(choice.get("prompt_token_ids") or ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,8 @@ from laguna_serve.bench.gamma.result import PointFigures, SweepResult
 from laguna_serve.bench.harness.prompts import load_prompts
 from laguna_serve.bench.harness.run import MeasurementStoppedError
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.client.records import Prompt
+from laguna_serve.serving.client.completions import Client
+from laguna_serve.serving.client.records import Prompt, Record
 from laguna_serve.serving.commands.serve import ServeConfig, engine_config
 from laguna_serve.serving.engine import EngineConfig, EngineError
 from laguna_serve.serving.kit.flags import FlagError, read_flags
@@ -226,6 +227,25 @@ def test_failing_gamma_does_not_lose_the_others(run: SweepRun) -> None:
     result = last_line(run.capsys)
     assert result["failed"] == {"2": "engine fake: no memory for two"}
     assert result["points"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["--no-sequential", "--sequential"])
+def test_a_failed_request_beside_the_ab_does_not_lose_it(run: SweepRun, order: str) -> None:
+    """Rows are timed after the A/B, by a round of as many prompts: here γ + 1 = 4."""
+    run_round = Client.run_round
+
+    async def fail_one(client: Client, prompts: Sequence[Prompt], *more: Any, **named: Any) -> list[Record]:
+        records = await run_round(client, prompts, *more, **named)
+        if len(prompts) == 4:
+            records[1] = Record(prompts[1].id, 0, 1, error="HTTP 500: out of luck")
+        return records
+
+    run.patch.setattr(Client, "run_round", fail_one)
+    with run.engines():
+        assert run.start("--gammas", "3", order) == 0
+    (point,) = read_points(run.folder / "out" / "points")
+    assert (point.speedup, point.draft_share) == (pytest.approx(3), None)
 
 
 @pytest.mark.slow

@@ -79,6 +79,23 @@ def test_an_answer_that_ended_is_one_whatever_its_server_calls_that(reason: byte
     )
 
 
+@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity"])
+def test_a_log_probability_that_is_not_finite_is_refused(value: bytes) -> None:
+    """NaN is neither a difference nor one beyond rounding: such answers would be certified."""
+    body = b'{"choices": [{"token_ids": [1], "logprobs": {"top_logprobs": [{"1": %s}]}, "prompt_logprobs": [null, '
+    body += b'{"1": {"logprob": %s, "rank": 1}}]}]}'
+
+    async def ask(url: str) -> None:
+        async with open_session() as session:
+            client = Client(session, url, "fake", 1)
+            for answer in (client.probe("p"), client.score(Prompt("a", "p")), client.score_top([1, 1], 1)):
+                with pytest.raises(EndpointError, match=r"got ValueError: a log-probability that is -?(nan|inf)"):
+                    await answer
+
+    with odd(body % (value, value)) as url:
+        asyncio.run(ask(url))
+
+
 def test_refusal_in_another_encoding_is_a_failed_request() -> None:
     async def ask(url: str) -> list[Record]:
         async with open_session() as session:
