@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
+import aiohttp
+from msgspec import Struct
 
+from laguna_serve.bench.arms.arms import Arm
+from laguna_serve.bench.certificate.result import CertifiedArm
 from laguna_serve.serving.client.closed_loop import run_closed_loop
-from laguna_serve.serving.client.completions import Client
+from laguna_serve.serving.client.completions import Client, list_checkpoints
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.kit.journal import Journal
+from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
 
 
-class _Line(msgspec.Struct, frozen=True):
+class _Line(Struct, frozen=True):
     """An answer on disk. `top`: of every step the tokens with their log-probabilities, as Probe has them."""
 
     id: str
@@ -25,6 +29,26 @@ class _Line(msgspec.Struct, frozen=True):
     token_ids: tuple[int, ...]
     text: str
     top: tuple[tuple[tuple[int, float], ...], ...]
+
+
+class StreamedAnswer(Struct, frozen=True, kw_only=True):
+    """What is kept of a streamed answer."""
+
+    prompt_id: str
+    started_ns: int
+    ended_ns: int
+    token_ids: list[int]
+    text: str
+
+
+class PassedArm(Struct, frozen=True, kw_only=True):
+    """An arm whose passes are all there, as `passes/NAME.json` keeps it.
+
+    `streamed` was asked without log-probabilities.
+    """
+
+    about: CertifiedArm
+    streamed: list[StreamedAnswer]
 
 
 class Answers:
@@ -60,6 +84,19 @@ async def run_pass(
         report(len(answers.by_id) - before)
 
     await run_closed_loop(waiting, concurrency, work)
+
+
+async def claim_endpoint(folder: Path, arm: Arm, session: aiohttp.ClientSession) -> str | None:
+    """Find where an endpoint says that its model was loaded from, and note it beside its passes in `folder`.
+
+    Raises:
+        EndpointError: it does not say which models it serves.
+        RunDirError: its passes were begun on another checkpoint.
+    """
+    served = await list_checkpoints(session, arm.base_url)
+    root = served.get(arm.model_name or next(iter(served)))
+    claim_folder(folder / f"{arm.name}-endpoint", {"checkpoint": [root, fingerprint(root) if root else ""]})
+    return root
 
 
 def _decode(line: _Line) -> Probe:

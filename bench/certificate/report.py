@@ -102,7 +102,8 @@ def list_notes(result: Certificate) -> list[str]:
     notes.append(f"Streamed without log-probabilities, as users send them, {' and '.join(streams)} answers differ.")
     for name, arm in result.arms.items():
         tau = "" if arm.acceptance is None else f"; {arm.acceptance:.2f} tokens per step"
-        notes.append(f"{name}: {arm.label}{tau}.")
+        root = "" if arm.root is None else f", which serves {arm.root}"
+        notes.append(f"{name}: {arm.label}{root}{tau}.")
     notes += describe_rows(result.row_check) if result.row_check is not None else []
     names = {"reference": "replay", ROW_MATCHED: ARM_NAMES[ROW_MATCHED], ROW_CHECK: "word on the first operation"}
     notes += [f"No {names[name]}: {reason}." for name, reason in result.missing.items()]

@@ -128,11 +128,15 @@ class CertificateWorkload(Struct, frozen=True, kw_only=True):
 
 
 class CertifiedArm(Struct, frozen=True, kw_only=True):
-    """An arm; `acceptance`: its tokens per step, None without drafts."""
+    """An arm; `acceptance`: its tokens per step, None without drafts.
+
+    `root`: of an endpoint by URL, where it says that its model was loaded from.
+    """
 
     label: str
     command: list[str] | None
     acceptance: float | None
+    root: str | None = None
 
 
 class StreamCheck(Struct, frozen=True, kw_only=True):

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
 
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, Arm, ArmSpec, open_arm
 from laguna_serve.bench.certificate.identity import Identity
 from laguna_serve.bench.certificate.locating import DEFAULT_ROWS, MAX_COPIES, choose_sequence, differs
-from laguna_serve.bench.certificate.passes import Answers, run_pass
+from laguna_serve.bench.certificate.passes import Answers, PassedArm, StreamedAnswer, claim_endpoint, run_pass
 from laguna_serve.bench.certificate.rescoring import ask, attach, list_questions, summarise
 from laguna_serve.bench.certificate.result import (
     Certificate,
@@ -159,26 +158,6 @@ def _find_unfit(job: Job, acceptance: float | None) -> str | None:
     return None
 
 
-class PassedArm(Struct, frozen=True, kw_only=True):
-    """An arm whose passes are all there, as `passes/NAME.json` keeps it.
-
-    `streamed` was asked without log-probabilities.
-    """
-
-    about: CertifiedArm
-    streamed: list[StreamedAnswer]
-
-
-class StreamedAnswer(Struct, frozen=True, kw_only=True):
-    """What is kept of a streamed answer."""
-
-    prompt_id: str
-    started_ns: int
-    ended_ns: int
-    token_ids: list[int]
-    text: str
-
-
 def _run_arm(job: Job, name: str, spec: ArmSpec, progress: Progress) -> PassedArm:
     """Make an arm's passes, unless all are there."""
     done = job.passes / f"{name}.json"
@@ -193,6 +172,7 @@ def _run_arm(job: Job, name: str, spec: ArmSpec, progress: Progress) -> PassedAr
 async def _make_passes(job: Job, arm: Arm, progress: Progress) -> PassedArm:
     async with open_session() as session:
         client = await arm.connect(session, job.max_tokens, job.sampling)
+        root = None if arm.spec.url is None else await claim_endpoint(job.passes, arm, session)
         before = await scrape_counters(session, arm.base_url)
         for concurrency in job.concurrencies:
             for kind in (arm.name, AGAIN) if arm.name == BASELINE else (arm.name,):
@@ -213,6 +193,7 @@ async def _make_passes(job: Job, arm: Arm, progress: Progress) -> PassedArm:
             label=arm.spec.label,
             command=arm.command,
             acceptance=None if acceptance is None else acceptance.length,
+            root=root,
         ),
         streamed=[msgspec.convert(record, StreamedAnswer, from_attributes=True) for record in streamed],
     )

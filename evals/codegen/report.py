@@ -46,10 +46,11 @@ def render_markdown(result: CodeTasksResult) -> str:
     kind = "greedy" if not work.temperature else f"temperature {work.temperature:g}, seed {work.seed}"
     scope = f"{work.samples} samples of each, {kind}, {work.form} form,"
     scope += f" protocol {work.protocol}{_show_template(work.template)}, at most {work.max_tokens} tokens."
+    root = "" if result.root is None else f" (from {result.root})"
     lines = [
         "# Code problems",
         "",
-        f"{result.model} on {len(result.problems)} problems of {result.problems_file}; {scope}",
+        f"{result.model}{root} on {len(result.problems)} problems of {result.problems_file}; {scope}",
         "",
         *(f"- {line}" for line in list_figures(result)),
         "",

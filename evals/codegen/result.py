@@ -61,11 +61,17 @@ class ProblemRow(Struct, frozen=True, kw_only=True):
 
 
 class Asked(Struct, frozen=True, kw_only=True):
-    """What was asked of whom. `weak_problems`: those that universal wrong answers pass; None where not looked for."""
+    """What was asked of whom.
+
+    Attributes:
+        root: where the endpoint says that the model was loaded from; None where it does not.
+        weak_problems: those that universal wrong answers pass; None where not looked for.
+    """
 
     environment: Environment
     base_url: str
     model: str
+    root: str | None = None
     problems_file: str
     file: ProblemsFile | None = None
     prompt_file: FileDigest | None = None

@@ -65,11 +65,12 @@ def evaluate_code(config: CodeTasksConfig) -> CodeTasksResult:
     work = prepare(config)
     environment = read_environment(current_argv())
     weaknesses = None if config.skip_probes else probe(work.problems, work.limits)
-    model, samples = asyncio.run(_run(config, work))
+    model, root, samples = asyncio.run(_run(config, work))
     asked = Asked(
         environment=environment,
         base_url=config.base_url,
         model=model,
+        root=root,
         problems_file=os.path.relpath(config.problems),
         file=work.file,
         prompt_file=None if config.prompt_file is None else digest_file(config.prompt_file),
@@ -210,7 +211,7 @@ def list_weak(weaknesses: Sequence[Weakness]) -> list[Weakness]:
     return [weakness for weakness in weaknesses if weakness.published or weakness.strict or weakness.fault]
 
 
-async def _run(config: CodeTasksConfig, work: Work) -> tuple[str, list[Sample]]:
+async def _run(config: CodeTasksConfig, work: Work) -> tuple[str, str | None, list[Sample]]:
     assert config.base_url is not None
     assert config.out is not None
     progress = Progress()
@@ -218,6 +219,8 @@ async def _run(config: CodeTasksConfig, work: Work) -> tuple[str, list[Sample]]:
     async with Endpoint(config.base_url, model=config.model, api_key=key) as endpoint:
         settings = {name: value for name, value in asdict(work.workload).items() if name != "concurrency"}
         settings |= {"limits": asdict(work.limits), "problems": fingerprint(str(config.problems))}
+        if (root := await endpoint.find_checkpoint()) is not None:
+            settings |= {"checkpoint": [root, fingerprint(root)]}
         settings |= {"model": endpoint.model, "split": config.split or "", "limit": config.limit}
         settings |= {
             "only": list(config.only) or None,
@@ -226,7 +229,7 @@ async def _run(config: CodeTasksConfig, work: Work) -> tuple[str, list[Sample]]:
         claim_folder(config.out, settings)
         progress.say(f"{endpoint.model}: {len(work.problems)} problems × {work.workload.samples} samples")
         progress.begin()
-        return endpoint.model, await run_samples(
+        samples = await run_samples(
             endpoint,
             work.problems,
             work.workload,
@@ -234,3 +237,4 @@ async def _run(config: CodeTasksConfig, work: Work) -> tuple[str, list[Sample]]:
             config.out,
             lambda done, total: progress.step("samples", done, total),
         )
+        return endpoint.model, root, samples

@@ -217,7 +217,12 @@ async def find_model_name(session: aiohttp.ClientSession, base_url: str) -> str:
 
 
 async def list_models(session: aiohttp.ClientSession, base_url: str) -> list[str]:
-    """List the names under which the endpoint serves; one at least.
+    """List the names under which the endpoint serves; one at least. Raises as `list_checkpoints`."""
+    return list(await list_checkpoints(session, base_url))
+
+
+async def list_checkpoints(session: aiohttp.ClientSession, base_url: str) -> dict[str, str | None]:
+    """List the models that the endpoint serves, one at least, and where it says that each was loaded from.
 
     Raises:
         EndpointError: nothing answers there, or what answers is no OpenAI-compatible server.
@@ -226,8 +231,10 @@ async def list_models(session: aiohttp.ClientSession, base_url: str) -> list[str
     try:
         async with session.get(url) as response:
             response.raise_for_status()
-            served = [str(item["id"]) for item in (await response.json())["data"]]
-            return [served[0], *served[1:]]
+            served = {str(item["id"]): item.get("root") or None for item in (await response.json())["data"]}
+            if not served:
+                raise ValueError("an empty one")
+            return served
     except (aiohttp.ClientError, TimeoutError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
         remedy = "is the engine up?"
         if isinstance(error, aiohttp.ClientResponseError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Literal
 
@@ -138,6 +139,26 @@ class Endpoint:
         versions = {name: said.headers[name] for name in VERSION_HEADERS if name in said.headers}
         ended = reason if isinstance(reason, str) else None  # the client reads any JSON, whatever its types say
         return Answer(text, ended, _read_count(tokens), versions, tuple(map(tuple, likeliest)) or None)
+
+    async def find_checkpoint(self) -> str | None:
+        """Find where the endpoint says that the model was loaded from; None where it says nothing of its models.
+
+        Raises:
+            EndpointError: it does not answer.
+        """
+        try:
+            cards = (await self._client.models.list()).data
+            roots = {card.id: (card.model_extra or {}).get("root") for card in cards}
+        except openai.APIStatusError as error:
+            if error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
+                return None
+            raise EndpointError(f"{self.base_url}: {_describe(error)}") from error
+        except openai.OpenAIError as error:
+            raise EndpointError(f"{self.base_url}: {_describe(error)}") from error
+        except (AttributeError, TypeError, ValueError):
+            return None
+        root = roots.get(self.model)
+        return root if isinstance(root, str) and root else None
 
     async def _find_model(self) -> str:
         try:

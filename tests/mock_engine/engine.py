@@ -80,7 +80,7 @@ class MockEngine(MockServer):
     async def _models(self, request: web.Request) -> web.Response:
         cards = [{"id": name, "object": "model"} for name in self.settings.models]
         if self.settings.listed_length:
-            cards[0] |= {"root": "somewhere/fake", "max_model_len": self.settings.max_model_len}  # type: ignore[dict-item]
+            cards[0] |= {"root": self.settings.root, "max_model_len": self.settings.max_model_len}  # type: ignore[dict-item]
         return self._refuse(request) or web.json_response({"object": "list", "data": cards})
 
     async def _metrics(self, _: web.Request) -> web.Response:

@@ -21,9 +21,9 @@ def keep(steps: list[Any]) -> Any:
 class Settings:
     """The defaults are an engine that drafts nothing and fails at nothing.
 
-    What it is: `models` are listed at /v1/models, the first with `max_model_len` where `listed_length`; `key` is asked
-    for; `headers` are added to answers; `requires` are fields without which a request is refused; `weights` have
-    routes.
+    What it is: `models` are listed at /v1/models, the first with `max_model_len` and `root` where `listed_length`;
+    `key` is asked for; `headers` are added to answers; `requires` are fields without which a request is refused;
+    `weights` have routes.
 
     What it says: `says` answers a request (models.py); without it there is a greedy continuation of the prompt, made of
     its checksum. From `flips[prompt]` on every id is one higher, by `flips_again` where it is asked not to stream.
@@ -45,6 +45,7 @@ class Settings:
 
     models: Collection[str] = ("fake",)
     max_model_len: int = 64
+    root: str = "somewhere/fake"
     listed_length: bool = False
     vocabulary: int = 1_000_000
     key: str | None = None

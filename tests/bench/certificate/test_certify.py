@@ -381,6 +381,34 @@ def test_another_control_is_not_continued_with(
     assert "got another one's; choose another --out or remove it" in capsys.readouterr().err
 
 
+def test_passes_of_another_checkpoint_are_not_continued(
+    prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server behind a URL was started again, with other weights under the same name."""
+    flags = ["--prompts", str(prompts_file), "--max-tokens", "2", "--concurrency", "1", "--out", str(tmp_path / "c")]
+    with (
+        MockEngine(Settings(listed_length=True, root="one")) as ours,
+        MockEngine(Settings(listed_length=True)) as theirs,
+    ):
+        urls = ["--baseline-url", ours.url, "--candidate-url", theirs.url]
+        theirs.settings.die_after, theirs.settings.dies_with = 5, 503
+        assert certify.main([*urls, *flags]) == 2
+        theirs.settings = Settings(listed_length=True, root="another")
+        asked = len(theirs.bodies)
+        capsys.readouterr()
+        assert certify.main([*urls, *flags]) == 2
+        assert "got another one's; choose another --out or remove it" in capsys.readouterr().err
+        assert len(theirs.bodies) == asked
+        theirs.settings = Settings(listed_length=True)
+        assert certify.main([*urls, *flags]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: arm["root"] for name, arm in result["arms"].items()} == {
+        "baseline": "one",
+        "candidate": "somewhere/fake",
+    }
+    assert ", which serves one." in (tmp_path / "c" / "certificate.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from humaneval_like import ADD, DECODE, PLUS
-from mock_engine import answering
+from mock_engine import MockEngine, Settings, answering
 from walls_here import needs_walls
 
 from laguna_serve.evals import code_tasks
@@ -118,6 +118,21 @@ def test_failed_request_is_no_zero_and_is_asked_again(run: Run, tmp_path: Path) 
     with answering(solve) as server:
         status, result, _ = run(server.url)
     assert (status, len(server.bodies), result["pass_at_k"]["1"]["point"]) == (0, 1, 1.0)
+
+
+@pytest.mark.slow
+def test_answers_of_another_checkpoint_are_not_continued(run: Run, tmp_path: Path) -> None:
+    """One pass@1 would be of two: the server was started again, with other weights under the same name."""
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"one")
+    settings = Settings(says=lambda _, body: solve(body), requires=(), listed_length=True, root=str(checkpoint))
+    with MockEngine(settings) as server:
+        assert run(server.url)[1]["root"] == str(checkpoint)
+        (checkpoint / "model.safetensors").write_bytes(b"another")
+        status, _, output = run(server.url)
+    assert (status, len(server.bodies)) == (2, 3)
+    assert "got another one's; choose another --out or remove it" in output
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from mock_engine import answering
+from mock_engine import MockEngine, Settings, answering
 
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.openai_endpoint import Answer, Endpoint, Form, _describe
@@ -79,6 +79,20 @@ def test_nothing_is_an_answer_of_a_chat_alone() -> None:
         assert ask(server.url, "chat").text == ""
         with pytest.raises(EndpointError, match="expected an OpenAI answer, got"):
             ask(server.url, "completion")
+
+
+def test_checkpoint_is_what_the_endpoint_says() -> None:
+    async def find(url: str, key: str | None) -> str | None:
+        async with Endpoint(url, model="fake", api_key=key, retries=0) as endpoint:
+            return await endpoint.find_checkpoint()
+
+    with MockEngine(Settings(listed_length=True, root="here", key="k")) as server:
+        assert asyncio.run(find(server.url, "k")) == "here"
+        assert asyncio.run(find(server.url, None)) is None  # it lists models to those alone who have a key
+    with MockEngine() as server:
+        assert asyncio.run(find(server.url, None)) is None
+    with pytest.raises(EndpointError):
+        asyncio.run(find("http://127.0.0.1:9", None))
 
 
 @pytest.mark.parametrize("tokens", ["many", -5, 1e300, 10**30, True, None, [3]])
