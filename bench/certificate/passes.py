@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from laguna_serve.bench.arms.arms import Arm
 from laguna_serve.bench.certificate.result import CertifiedArm
+from laguna_serve.bench.harness.run import MeasurementStoppedError
 from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.completions import Client, list_checkpoints
 from laguna_serve.serving.client.logprobs import Probe
@@ -97,6 +98,18 @@ async def claim_endpoint(folder: Path, arm: Arm, session: aiohttp.ClientSession)
     root = served.get(arm.model_name or next(iter(served)))
     claim_folder(folder / f"{arm.name}-endpoint", {"checkpoint": [root, fingerprint(root) if root else ""]})
     return root
+
+
+def refuse_cached(name: str, hits: int, answers: Path) -> None:
+    """Refuse a pass, and remove its answers, where the prefix cache served `hits` tokens of its prompts.
+
+    Raises:
+        MeasurementStoppedError: it did; what it serves was not computed at the load that is certified.
+    """
+    if hits:
+        answers.unlink(missing_ok=True)
+        reason = f"the prefix cache served {hits} tokens of the {name}'s prompts"
+        raise MeasurementStoppedError(f"{reason}; start its server with --no-enable-prefix-caching")
 
 
 def _decode(line: _Line) -> Probe:

@@ -13,7 +13,14 @@ import msgspec
 from laguna_serve.bench.arms.arms import BASELINE, CANDIDATE, Arm, ArmSpec, open_arm
 from laguna_serve.bench.certificate.identity import Identity
 from laguna_serve.bench.certificate.locating import DEFAULT_ROWS, MAX_COPIES, choose_sequence, differs
-from laguna_serve.bench.certificate.passes import Answers, PassedArm, StreamedAnswer, claim_endpoint, run_pass
+from laguna_serve.bench.certificate.passes import (
+    Answers,
+    PassedArm,
+    StreamedAnswer,
+    claim_endpoint,
+    refuse_cached,
+    run_pass,
+)
 from laguna_serve.bench.certificate.rescoring import ask, attach, list_questions, summarise
 from laguna_serve.bench.certificate.result import (
     Certificate,
@@ -177,6 +184,9 @@ async def _make_passes(job: Job, arm: Arm, progress: Progress) -> PassedArm:
         for concurrency in job.concurrencies:
             for kind in (arm.name, AGAIN) if arm.name == BASELINE else (arm.name,):
                 await _make_pass(job, client, arm, kind, concurrency, progress)
+                if arm.spec.url is not None:
+                    hits = (await scrape_counters(session, arm.base_url)).since(before).prefix_cache_hits
+                    refuse_cached(arm.name, hits, _answers_path(job, kind, concurrency))
         acceptance = summarise_acceptance((await scrape_counters(session, arm.base_url)).since(before))
         streamed: list[Record] = []
         # After an interruption there may be no pass left to see drafts in: what is streamed shows them.

@@ -172,6 +172,7 @@ class MockEngine(MockServer):
             count = min(count, settings.ends.get(prompt, count))
         if body.get("stream"):
             return await self._stream(request, prompt, models.list_tokens(settings, prompt, count))
+        self.counters.hits += settings.prefix_hits
         said = models.say_greedily(settings, prompt, count)
         for number, start in enumerate(range(0, count, settings.chunk_tokens)):
             self._count_chunk(number, len(said.ids[start : start + settings.chunk_tokens]))

@@ -368,6 +368,22 @@ def test_endpoints_by_url(prompts_file: Path, tmp_path: Path, capsys: pytest.Cap
     assert result["missing"]["row-matched"] == "there is no drafter here to take the rows of"
 
 
+def test_endpoints_that_answer_from_their_prefix_cache_are_not_certified(
+    prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its answers are not kept either: the same command would take them for computed ones."""
+    flags = ["--prompts", str(prompts_file), "--max-tokens", "2", "--concurrency", "2", "--out", str(tmp_path / "c")]
+    with MockEngine() as ours, MockEngine(Settings(prefix_hits=16)) as theirs:
+        urls = ["--baseline-url", ours.url, "--candidate-url", theirs.url]
+        for _ in range(2):
+            assert certify.main([*urls, *flags]) == 2
+            said = capsys.readouterr().err
+            assert "the prefix cache served 224 tokens of the candidate's prompts; start its server" in said
+        theirs.settings = Settings()
+        assert certify.main([*urls, *flags]) == 0
+    assert len(theirs.bodies) == 3 * 14 + 14  # 14 were streamed, too
+
+
 def test_another_control_is_not_continued_with(
     prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
