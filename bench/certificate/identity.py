@@ -20,6 +20,7 @@ from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.digest import digest_checkpoint
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.machine.cores import count_cores
 from laguna_serve.serving.machine.device import Device, read_driver
 from laguna_serve.serving.machine.threads import THREADS, name_openmp
 from laguna_serve.serving.planning.command import build_environment
@@ -88,6 +89,17 @@ def read_machine(environment: Environment, target: str | None) -> dict[str, str]
     if not weights and THREADS in engine and THREADS not in os.environ:
         parts[THREADS_PART] = NOT_HERE
     return parts | list_variables(engine)
+
+
+def digest_machine(environment: Environment, target: str) -> str:
+    """Digest what computes on this machine, as it is before weights are fetched. Raises as `read_machine`."""
+    parts = {name: said for name, said in read_machine(environment, target).items() if name != THREADS_PART}
+    return make_identity(parts | list_threads(), {}).sha256
+
+
+def list_threads() -> dict[str, str]:
+    """List what bears on the number of threads, whatever is served."""
+    return {THREADS: os.environ.get(THREADS, ""), "cores": str(count_cores())}
 
 
 def list_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 
@@ -12,6 +11,7 @@ from laguna_serve.bench.certificate.identity import (
     THREADS_PART,
     WEIGHTS,
     Identity,
+    list_threads,
     make_identity,
     read_machine,
     read_weights,
@@ -19,8 +19,6 @@ from laguna_serve.bench.certificate.identity import (
 from laguna_serve.serving.checkpoint import find_folder
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.flags.vllm import find_value
-from laguna_serve.serving.machine.cores import count_cores
-from laguna_serve.serving.machine.threads import THREADS
 from laguna_serve.serving.planning.diffusion.command import count_states
 from laguna_serve.serving.speculation.drafting import open_drafter, resolve_gamma
 from laguna_serve.serving.speculation.flags import ADAPTIVE
@@ -49,7 +47,7 @@ def digest_lasting(identity: Identity) -> str:
     """Digest what it says of all but weights, and what is found by them: a run that fetches them first goes on."""
     found = {THREADS_PART, GAMMA}
     parts = {name: said for name, said in identity.parts.items() if name not in found and not name.startswith(WEIGHTS)}
-    return make_identity(parts | {THREADS: os.environ.get(THREADS, ""), "cores": str(count_cores())}, {}).sha256
+    return make_identity(parts | list_threads(), {}).sha256
 
 
 def _list_settings(config: ArmsConfig) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE, Arm, ArmSpec, open_arm
+from laguna_serve.bench.certificate.identity import digest_machine
 from laguna_serve.bench.gamma.options import SweepConfig
 from laguna_serve.bench.gamma.passes import SweepPass, make_measure, measure_rows, open_passes
 from laguna_serve.bench.gamma.result import MeasuredPoint
@@ -31,11 +32,18 @@ from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING
 
 
 def claim_points(config: SweepConfig, prompts: Sequence[Prompt], environment: Environment) -> None:
-    """Take the folder of finished measurements. Raises RunDirError when it holds those of another sweep."""
+    """Take the folder of finished measurements.
+
+    Raises:
+        RunDirError: it holds those of another sweep, or of other code, another machine or its variables.
+        EngineError, IdentityError: what computes here could not be found out.
+    """
     decisive = ("model", "draft", "num_prompts", "max_tokens", "dtype", "eager", "seed")
     settings = {name: getattr(config, name) for name in decisive} | {"prompts": fingerprint_prompts(prompts)}
     settings |= {
-        name: value for name in ("chat", "thinking", "temperature", "engine_args") if (value := getattr(config, name))
+        name: value
+        for name in ("chat", "thinking", "temperature", "engine_args", "kv_cache_gib")
+        if (value := getattr(config, name))
     }
     settings |= {} if config.waves == 1 else {"waves": config.waves}
     settings |= {} if config.num_warmups is None else {"num_warmups": config.num_warmups}
@@ -45,6 +53,7 @@ def claim_points(config: SweepConfig, prompts: Sequence[Prompt], environment: En
         "versions": environment.versions,
         "device": environment.device.name if environment.device is not None else None,
     }
+    settings |= {} if config.by_url else {"machine": digest_machine(environment, config.model)}
     claim_folder(config.points, settings | config.list_urls())
 
 

@@ -287,6 +287,21 @@ def test_other_sweep_is_not_continued(run: SweepRun) -> None:
     assert "got another one's; choose another --out or remove it" in run.capsys.readouterr().err
 
 
+def test_points_of_another_cache_or_machine_are_not_continued(run: SweepRun, arithmetic: dict[str, str]) -> None:
+    """One table, and one γ*, would be of two settings."""
+    with run.engines(chunk_tokens=2) as made:
+        assert run.start("--gammas", "3") == 0
+        started = made.started
+        assert run.start("--gammas", "1,3", "--kv-cache-gib", "1") == 2
+        with run.patch.context() as patch:
+            patch.setenv("LAGUNA_CPU_KERNELS", "off")
+            assert run.start("--gammas", "1,3") == 2
+        arithmetic["sentinel op"] = "avx2, sources 02"
+        assert run.start("--gammas", "1,3") == 2
+        assert made.started == started
+    assert run.capsys.readouterr().err.count("got another one's; choose another --out or remove it") == 3
+
+
 def test_drafter_that_was_trained_anew_is_measured_anew(run: SweepRun, tmp_path: Path) -> None:
     """Its points were those of the drafter that lay there before, under the same path."""
     drafter = Path(shutil.copytree(TOY / "dflash", tmp_path / "drafter"))
