@@ -19,6 +19,7 @@ from laguna_serve.evals.perplexity.scored import ScoredRows
 from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.completions import find_root
 from laguna_serve.serving.client.errors import EndpointError
+from laguna_serve.serving.client.logprobs import ABOVE_ZERO, LOGITS
 from laguna_serve.serving.kit.results import JsonObject
 
 # In place of −∞, which JSON does not have, vLLM answers this.
@@ -76,7 +77,7 @@ class ScoringEndpoint:
         """Measure the loss (nats) of every token after the first.
 
         Raises:
-            EndpointError: the request failed, or a token has no finite loss.
+            EndpointError: the request failed, or a token has no finite loss, or a negative one, as logits make it.
         """
         body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
 
@@ -90,6 +91,10 @@ class ScoringEndpoint:
         if wrong is not None:
             got = f"{losses[wrong - 1]:g} nats at token {wrong} of {len(tokens)} (id {tokens[wrong]})"
             raise EndpointError(f"{self._url}: expected finite losses, got {got}; is the model sound?")
+        wrong = next((index for index, loss in enumerate(losses, 1) if loss < -ABOVE_ZERO), None)
+        if wrong is not None:
+            got = f"{losses[wrong - 1]:g} nats at token {wrong} of {len(tokens)} (id {tokens[wrong]})"
+            raise EndpointError(f"{self._url}: expected losses of at least 0, got {got}; {LOGITS}")
         return losses
 
     async def _tokenize(self, text: str, special: bool) -> tuple[list[int], int]:

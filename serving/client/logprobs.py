@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from laguna_serve.serving.kit.results import JsonObject
 
+# How far above zero rounding may bring a log-probability.
+ABOVE_ZERO = 1e-3
+LOGITS = "serve with --logprobs-mode raw_logprobs (vLLM's default), as logits are none"
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -27,12 +31,14 @@ def read_logprob(value: object) -> float:
     """Read a log-probability.
 
     Raises:
-        TypeError, ValueError: it is none; NaN would compare as no difference at all.
+        TypeError, ValueError: it is none, as NaN, which would compare as no difference, or a logit.
     """
     if not isinstance(value, int | float):
         raise TypeError(f"a log-probability that is {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"a log-probability that is {value}; is the model sound?")
+    if value > ABOVE_ZERO:
+        raise ValueError(f"a log-probability of {value:g}; {LOGITS}")
     return float(value)
 
 

@@ -262,6 +262,7 @@ def test_file_that_is_not_there(run: Run, tmp_path: Path) -> None:
     [
         (scoring(losses={3: 9999.0}), "expected finite losses, got 9999 nats at token 2 of 3 (id 3)"),
         (scoring(losses={3: math.nan}), "expected finite losses, got nan nats at token 2 of 3 (id 3)"),
+        (scoring(losses={3: -4.6}), "expected losses of at least 0, got -4.6 nats at token 2 of 3 (id 3); serve with"),
         (scoring(losses={2: 9990.0, 3: 9990.0}), "expected one whose perplexity is a number, got 9990 nats a token"),
         (scoring(spoil=lambda steps: steps[:-1]), "expected vLLM's answer, got another one"),
         (scoring(spoil=lambda steps: None), "expected vLLM's answer, got another one"),

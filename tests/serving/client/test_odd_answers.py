@@ -79,9 +79,9 @@ def test_an_answer_that_ended_is_one_whatever_its_server_calls_that(reason: byte
     )
 
 
-@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity"])
-def test_a_log_probability_that_is_not_finite_is_refused(value: bytes) -> None:
-    """NaN is neither a difference nor one beyond rounding: such answers would be certified."""
+@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity", b"17.5"])
+def test_what_is_no_log_probability_is_refused(value: bytes) -> None:
+    """NaN is neither a difference nor one beyond rounding: such answers would be certified. Logits are none."""
     body = b'{"choices": [{"token_ids": [1], "logprobs": {"top_logprobs": [{"1": %s}]}, "prompt_logprobs": [null, '
     body += b'{"1": {"logprob": %s, "rank": 1}}]}]}'
 
@@ -89,7 +89,9 @@ def test_a_log_probability_that_is_not_finite_is_refused(value: bytes) -> None:
         async with open_session() as session:
             client = Client(session, url, "fake", 1)
             for answer in (client.probe("p"), client.score(Prompt("a", "p")), client.score_top([1, 1], 1)):
-                with pytest.raises(EndpointError, match=r"got ValueError: a log-probability that is -?(nan|inf)"):
+                with pytest.raises(
+                    EndpointError, match=r"got ValueError: a log-probability (that is -?(nan|inf)|of 17.5; serve)"
+                ):
                     await answer
 
     with odd(body % (value, value)) as url:
