@@ -7,7 +7,7 @@ from msgspec import Struct
 from laguna_serve.serving.kit.environment import Environment
 from laguna_serve.serving.kit.results import JsonObject, to_json
 
-HOLDS, FALLS = "holds", "falls"
+HOLDS, FALLS, CANNOT_TELL = "holds", "falls", "cannot tell"
 
 
 class ScenarioResult(Struct, frozen=True, kw_only=True):
@@ -40,7 +40,8 @@ class ComparisonResult(Struct, frozen=True, kw_only=True):
         ratio: by vLLM's counters, as is the interval; `ratio_by_chunks`: by what the client saw, for comparison only.
         pairs: what was counted apart on both sides, and the interval was bootstrapped over.
         differing: requests whose tokens differ; None where they were sampled.
-        verdict: "holds", "falls", or why there is none.
+        verdict: "holds", "falls", "cannot tell" where the interval, or with few of them the pairs, lie on both sides
+            of the limit, or why there is none.
     """
 
     name: str

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
-from laguna_serve.bench.prefix.result import FALLS, HOLDS, ComparisonResult, ScenarioResult
+from laguna_serve.bench.harness.validity import MIN_PAIRS
+from laguna_serve.bench.prefix.result import CANNOT_TELL, FALLS, HOLDS, ComparisonResult, ScenarioResult
 from laguna_serve.bench.prefix.runner import Outcome
 from laguna_serve.bench.prefix.traffic import Comparison
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
 from laguna_serve.serving.client.counters import summarise_acceptance
 
-# Acceptance "falls" when even the upper end of the interval of the ratio is below this.
+# Acceptance "falls" when even the upper end of the interval of the ratio is below this, and "holds" when the lower end
+# is not. Of fewer than MIN_PAIRS, which carry no such interval, every pair's own ratio has to be on that side.
 FALLS_BELOW = 0.95
 
 
@@ -57,14 +60,23 @@ def compare(comparison: Comparison, outcome: Outcome, against: Outcome, seed: in
         ci95=ci95,
         pairs=len(pairs),
         differing=None if outcome.scenario.sampled else differing,
-        verdict=_judge(comparison, outcome, ci95[1]),
+        verdict=_judge(comparison, outcome, pairs, ci95),
     )
 
 
-def _judge(comparison: Comparison, outcome: Outcome, high: float) -> str:
+def _judge(comparison: Comparison, outcome: Outcome, pairs: Sequence[RoundPair], ci95: tuple[float, float]) -> str:
     if comparison.provoked_by is not None and getattr(outcome.delta, comparison.provoked_by) <= 0:
         return f"not provoked: {comparison.provoked_by} stayed 0"
-    return HOLDS if high >= FALLS_BELOW else FALLS
+    if len(pairs) < MIN_PAIRS:
+        keeps = {_keeps(pair) for pair in pairs}
+        return CANNOT_TELL if len(keeps) != 1 else HOLDS if keeps == {True} else FALLS
+    low, high = ci95
+    return HOLDS if low >= FALLS_BELOW else FALLS if high < FALLS_BELOW else CANNOT_TELL
+
+
+def _keeps(pair: RoundPair) -> bool:
+    """Whether a pair's ratio is not below the limit; without a quotient, as there may be no draft."""
+    return pair.candidate_tokens * pair.baseline_s >= FALLS_BELOW * pair.baseline_tokens * pair.candidate_s
 
 
 def _pair_counters(outcome: Outcome, against: Outcome) -> list[RoundPair]:

@@ -112,6 +112,22 @@ def test_small_loss_within_the_noise_holds() -> None:
     assert judge(outcome(few), outcome(GOOD[:3])).verdict == "holds"
 
 
+@pytest.mark.parametrize(
+    ("steps", "verdict"),
+    [
+        ([(1, 4, 4, 3)] * 8 + [(1, 1, 1, 1)], "cannot tell"),
+        ([(1, 4, 4, 3)] * 2 + [(1, 1, 1, 1)] * 7, "falls"),
+        # Of a handful the interval of so many draws says little: each pair has to show the same.
+        ([(1, 4, 4, 3)] * 6 + [(1, 4, 3, 3)], "cannot tell"),
+        ([(1, 4, 4, 3)] * 6 + [(1, 1, 1, 1)], "cannot tell"),
+        ([(1, 4, 4, 3)] * 7, "holds"),
+        ([(1, 4, 3, 3)] * 2, "falls"),
+    ],
+)
+def test_what_the_interval_or_few_pairs_leave_open_cannot_be_told(steps: list[tuple[int, ...]], verdict: str) -> None:
+    assert judge(outcome(steps), outcome([(1, 4, 4, 3)] * len(steps))).verdict == verdict
+
+
 def test_scenario_that_did_not_happen_proves_nothing() -> None:
     assert judge(outcome(GOOD), outcome(GOOD), "preemptions").verdict == "not provoked: preemptions stayed 0"
     assert judge(outcome(GOOD, preemptions=2), outcome(GOOD), "preemptions").verdict == "holds"
