@@ -61,7 +61,7 @@ def _mark(axes: Axes, label: str, chance: float, cost: float, measured: Sequence
         zorder=4,
     )
     for point, marker in zip(measured, itertools.cycle(MARKERS)):  # loads differ little: one over the other
-        low, high = point.speedup_ci95
+        low, high = point.speedup_ci95 or (point.speedup, point.speedup)
         axes.vlines([chance], low, high, color=color)
         about = f"measured, {point.concurrency} at once"
         axes.scatter([chance], [point.speedup], s=60, marker=marker, color=color, label=about, zorder=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from laguna_serve.bench.diffusion.result import DiffusionResult, ProposerPoint
+from laguna_serve.bench.stats.intervals import NO_INTERVAL, Interval
 from laguna_serve.serving.kit.tables import INTERRUPTED_RUN, Table
 
 
@@ -18,10 +19,10 @@ def render_text(result: DiffusionResult) -> str:
         [
             str(point.concurrency),
             point.proposer,
-            f"{point.steps_per_pass:.2f} ({point.steps_per_pass_ci95[0]:.2f}–{point.steps_per_pass_ci95[1]:.2f})",
+            f"{point.steps_per_pass:.2f} ({_show_interval(point.steps_per_pass_ci95)})",
             f"{point.accepted:.0%}",
             f"{point.tokens_per_s:.0f}",
-            f"{point.speedup:.2f}× ({point.speedup_ci95[0]:.2f}–{point.speedup_ci95[1]:.2f})",
+            f"{point.speedup:.2f}× ({_show_interval(point.speedup_ci95)})",
             str(point.differing),
         ]
         for point in result.points
@@ -61,8 +62,8 @@ def _tabulate_drafts(result: DiffusionResult) -> Table:
             f"{draft.cost:.2f}",
             f"{draft.next_commits[1]:.0%}",
             point.proposer,
-            f"{point.steps_per_pass:.2f} ({point.steps_per_pass_ci95[0]:.2f}–{point.steps_per_pass_ci95[1]:.2f})",
-            f"{point.speedup:.2f}× ({point.speedup_ci95[0]:.2f}–{point.speedup_ci95[1]:.2f})",
+            f"{point.steps_per_pass:.2f} ({_show_interval(point.steps_per_pass_ci95)})",
+            f"{point.speedup:.2f}× ({_show_interval(point.speedup_ci95)})",
             str(point.differing),
         ]
         for draft in result.drafts
@@ -76,3 +77,7 @@ def summarise(point: ProposerPoint) -> str:
     """Sum a point up in a few words."""
     differing = f", {point.differing} DIFFER" if point.differing else ""
     return f"{point.steps_per_pass:.2f} steps per pass, {point.speedup:.2f}×{differing}"
+
+
+def _show_interval(interval: Interval | None) -> str:
+    return f"– {NO_INTERVAL}" if interval is None else f"{interval[0]:.2f}–{interval[1]:.2f}"

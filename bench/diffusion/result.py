@@ -12,7 +12,8 @@ class ProposerPoint(Struct, frozen=True, kw_only=True):
     """One proposer with so many requests in a pass.
 
     Attributes:
-        steps_per_pass: the reference's steps ÷ passes of the target; `steps_per_pass_ci95`: bootstrapped over rounds.
+        steps_per_pass: the reference's steps ÷ passes of the target; `steps_per_pass_ci95`: bootstrapped over rounds,
+            None of few.
         accepted: of the states proposed, the share that the decode came by.
         tokens_per_s: of committed tokens.
         speedup: tokens per second ÷ those without proposals, the same prompts in turn; `speedup_ci95` likewise.
@@ -24,11 +25,11 @@ class ProposerPoint(Struct, frozen=True, kw_only=True):
     proposer: str
     concurrency: int
     steps_per_pass: float
-    steps_per_pass_ci95: tuple[float, float]
+    steps_per_pass_ci95: tuple[float, float] | None
     accepted: float
     tokens_per_s: float
     speedup: float
-    speedup_ci95: tuple[float, float]
+    speedup_ci95: tuple[float, float] | None
     differing: int
     rounds: list[RoundPair]
     counts: list[tuple[int, int]]

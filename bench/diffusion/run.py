@@ -17,7 +17,13 @@ from laguna_serve.bench.diffusion import plot
 from laguna_serve.bench.diffusion.report import count_differing, render_text, summarise
 from laguna_serve.bench.diffusion.result import DiffusionResult, DraftPoint, ProposerPoint, ReferencePoint
 from laguna_serve.bench.harness.prompts import load_texts
-from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_pooled, bootstrap_speedup, pool_speedup
+from laguna_serve.bench.stats.intervals import (
+    RoundPair,
+    bootstrap_pooled,
+    bootstrap_speedup,
+    keep_interval,
+    pool_speedup,
+)
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, INTERRUPTED
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.environment import OtherLoad, cite_environment, current_argv, read_environment
@@ -250,11 +256,11 @@ def _sum_up(
         proposer=name,
         concurrency=concurrency,
         steps_per_pass=sum(steps) / sum(passes),
-        steps_per_pass_ci95=bootstrap_pooled(steps, passes, seed),
+        steps_per_pass_ci95=keep_interval(bootstrap_pooled(steps, passes, seed), len(pairs)),
         accepted=sum(timed.accepted for timed in proposed) / states if states else 0.0,
         tokens_per_s=sum(timed.tokens for timed in proposed) / sum(timed.seconds for timed in proposed),
         speedup=pool_speedup(pairs),
-        speedup_ci95=bootstrap_speedup(pairs, seed),
+        speedup_ci95=keep_interval(bootstrap_speedup(pairs, seed), len(pairs)),
         differing=sum(
             a != b
             for of_reference, timed in zip(without, proposed, strict=True)

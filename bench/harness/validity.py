@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from laguna_serve.bench.arms.arms import ARMS, BASELINE, CANDIDATE
 from laguna_serve.bench.harness.run import ArmRun, MeasurementStoppedError, Run, counter_delta
 from laguna_serve.bench.harness.schedule import Plan
+from laguna_serve.bench.stats.intervals import MIN_UNITS
 from laguna_serve.serving.client.counters import Counters
 from laguna_serve.serving.client.records import Record
 
-# Fewer pairs than this carry no 95% interval: a percentile bootstrap of a handful of points is far too narrow.
-MIN_PAIRS = 8
+MIN_PAIRS = MIN_UNITS
 
 SPEEDUP = "speedup"
 INTERVAL = "speedup.ci95"

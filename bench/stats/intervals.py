@@ -15,8 +15,17 @@ from scipy.special import betaincinv
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
+# Fewer units than this carry no 95% interval: a percentile bootstrap of a handful of points is far too narrow.
+MIN_UNITS = 8
+NO_INTERVAL = f"no interval: it needs {MIN_UNITS} of them at least"
+Interval = tuple[float, float]
 # Resamples drawn at once, and rows of all of them together: what bounds the memory.
 BATCH, BATCH_ROWS = 500, 1 << 21
+
+
+def keep_interval(interval: Interval, units: int) -> Interval | None:
+    """Keep an interval that was bootstrapped over so many units; None of too few."""
+    return interval if units >= MIN_UNITS else None
 
 
 class RoundPair(msgspec.Struct, frozen=True, array_like=True):

@@ -30,7 +30,8 @@ class StepCostResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     """What a drafted step costs in plain ones, one request at a time.
 
     Attributes:
-        cost: processor time of a drafted step ÷ that of a plain one; `cost_ci95`: bootstrapped over prompts.
+        cost: processor time of a drafted step ÷ that of a plain one; `cost_ci95`: bootstrapped over prompts,
+            None of few.
         speedup: tokens per second of processor time with a drafter ÷ without; `speedup_ci95` likewise.
         temperature: above 0 answers were drawn; `draft_sampling`: drafts were, too, or not; None in older
             results, which are greedy.
@@ -48,9 +49,9 @@ class StepCostResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
     plain: ArmSteps
     drafted: ArmSteps
     cost: float
-    cost_ci95: tuple[float, float]
+    cost_ci95: tuple[float, float] | None
     speedup: float
-    speedup_ci95: tuple[float, float]
+    speedup_ci95: tuple[float, float] | None
     differing: int | None
     rounds: list[RoundPair]
     token_rounds: list[RoundPair]

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 from laguna_serve.bench.arms.arms import check_answers
 from laguna_serve.bench.arms.drafters import Temperature, TimedDrafterConfig, check_draft_sampling
 from laguna_serve.bench.harness.prompts import load_texts, split_prompts
-from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
+from laguna_serve.bench.stats.intervals import NO_INTERVAL, RoundPair, bootstrap_speedup, keep_interval, pool_speedup
 from laguna_serve.bench.step_cost.engine import Decoded, StepEngine, open_engine
 from laguna_serve.bench.step_cost.result import ArmSteps, StepCostResult
 from laguna_serve.serving.client.records import Prompt
@@ -130,9 +130,9 @@ def measure_steps(config: StepCostConfig) -> StepCostResult:
         plain=_sum_up("plain", None, [a for a, _ in whole], [a for a, _ in apart]),
         drafted=_sum_up(f"γ {gamma}", gamma, [b for _, b in whole], [b for _, b in apart]),
         cost=1 / pool_speedup(rounds),
-        cost_ci95=(1 / high, 1 / low),
+        cost_ci95=keep_interval((1 / high, 1 / low), len(rounds)),
         speedup=pool_speedup(token_rounds),
-        speedup_ci95=bootstrap_speedup(token_rounds, config.seed),
+        speedup_ci95=keep_interval(bootstrap_speedup(token_rounds, config.seed), len(rounds)),
         differing=None if config.temperature else sum(a.token_ids != b.token_ids for a, b in whole),
         rounds=rounds,
         token_rounds=token_rounds,
@@ -185,8 +185,8 @@ def render_markdown(result: StepCostResult) -> str:
 
 def _summarise(result: StepCostResult) -> list[str]:
     cost, speedup = (
-        f"{value:.2f} (95% {low:.2f}–{high:.2f})"
-        for value, (low, high) in ((result.cost, result.cost_ci95), (result.speedup, result.speedup_ci95))
+        f"{value:.2f} ({NO_INTERVAL})" if interval is None else f"{value:.2f} (95% {interval[0]:.2f}–{interval[1]:.2f})"
+        for value, interval in ((result.cost, result.cost_ci95), (result.speedup, result.speedup_ci95))
     )
     drawn = f"at temperature {result.temperature:g}, drafts {result.draft_sampling}" if result.temperature else "greedy"
     compared = "" if result.differing is None else f"; {result.differing} of {result.prompts} prompts differ"

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from laguna_serve.bench.stats.intervals import bootstrap_mean, bound_mismatch_rate
+from laguna_serve.bench.stats.intervals import MIN_UNITS, NO_INTERVAL, bootstrap_mean, bound_mismatch_rate
 
+# So many problems of one value say that others would have it, too; an interval of fewer would have no width.
+MIN_ALIKE = 30
 EXACT, BOOTSTRAP = "Clopper–Pearson", "bootstrap over problems"
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over problems, its two-sided 95% interval, and how that was found."""
+    """A mean over problems, its two-sided 95% interval, and how that was found, or why there is none."""
 
     point: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     method: str
 
 
@@ -58,6 +60,11 @@ def average_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> Estimate:
 def average(values: Sequence[float]) -> Estimate:
     """Mean of one value per problem, with a percentile bootstrap interval over problems.
 
-    When all the values are the same the interval has no width: resampling cannot know what it has not seen.
+    There is none of a handful, nor where less than MIN_ALIKE are all the same: resampling cannot know what it has not
+    seen.
     """
+    if len(values) < MIN_UNITS:
+        return Estimate(float(np.mean(values)), None, NO_INTERVAL)
+    if len(values) < MIN_ALIKE and len(set(values)) == 1:
+        return Estimate(float(np.mean(values)), None, f"no interval: fewer than {MIN_ALIKE}, and all alike")
     return Estimate(float(np.mean(values)), bootstrap_mean(values, seed=0), BOOTSTRAP)

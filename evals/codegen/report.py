@@ -21,10 +21,7 @@ def list_figures(result: CodeTasksResult) -> list[str]:
     """pass@k and reward in sentences, or why there are none."""
     if result.refused:
         return [f"No figures: {result.refused[0].reason}."]
-    lines = [
-        f"{name} {value.point:.3f}, 95% interval {value.ci95[0]:.3f}–{value.ci95[1]:.3f} ({value.method})"
-        for name, value in _name_figures(result).items()
-    ]
+    lines = [f"{name} {value.point:.3f}, {_show_interval(value)}" for name, value in _name_figures(result).items()]
     endings = ", ".join(f"{count} {status}" for status, count in sorted(result.statuses.items()))
     lines.append(f"Samples: {endings}; {result.truncated} cut off at max_tokens")
     lines += [f"Programs ran behind: {walls} ({count} of them)" for walls, count in sorted(result.walls.items())]
@@ -71,6 +68,12 @@ def _tabulate(result: CodeTasksResult, most: int | None = None) -> Table:
         for row in result.problems
     ]
     return Table("lrrl", ("problem", "passed", "reward", "first failure"), rows)
+
+
+def _show_interval(value: Estimate) -> str:
+    if value.ci95 is None:
+        return value.method
+    return f"95% interval {value.ci95[0]:.3f}–{value.ci95[1]:.3f} ({value.method})"
 
 
 def _show_template(template: Mapping[str, object]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from laguna_serve.bench.stats.intervals import NO_INTERVAL
 from laguna_serve.evals.perplexity.mean import Mean
 from laguna_serve.serving.kit.environment import Environment, cite_environment
 from laguna_serve.serving.kit.tables import Table
@@ -77,6 +78,7 @@ def _tabulate(result: LossResult) -> Table:
 def _describe_data(result: LossResult) -> str:
     data, loss = result.data, result.loss
     cut = "" if data.length is None else f" of at most {data.length} tokens, stride {data.stride}"
-    return (
-        f"{data.scored_tokens:,} tokens scored in {data.rows} rows{cut}; the interval draws {loss.units} {loss.drawn}."
-    )
+    drawn = f"the interval draws {loss.units} {loss.drawn}"
+    if loss.ci95 is None:
+        drawn = f"{loss.units} {loss.drawn}, so {NO_INTERVAL}"
+    return f"{data.scored_tokens:,} tokens scored in {data.rows} rows{cut}; {drawn}."

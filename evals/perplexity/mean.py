@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from laguna_serve.bench.stats.intervals import bootstrap_pooled
+from laguna_serve.bench.stats.intervals import bootstrap_pooled, keep_interval
 from laguna_serve.evals.perplexity.rows import Row
 
 MIN_DOCUMENTS = 10
 
 
 class Mean(msgspec.Struct, frozen=True):
-    """A loss or a difference of two, with its 95% interval (None with one unit).
+    """A loss or a difference of two, with its 95% interval (None with fewer than MIN_UNITS units).
 
     What was drawn for the interval: `units` documents or rows.
     """
@@ -38,7 +38,7 @@ def average(rows: Sequence[Row], nats: Mapping[int, float], seed: int = 0) -> Me
     sums = [math.fsum(nats[number] for number in numbers) for numbers in by_unit.values()]
     scored = [sum(rows[number].scored for number in numbers) for numbers in by_unit.values()]
     mean = math.fsum(nats[number] for number in range(len(rows))) / sum(row.scored for row in rows)
-    return Mean(mean, bootstrap_pooled(sums, scored, seed) if len(sums) > 1 else None, unit, len(sums))
+    return Mean(mean, keep_interval(bootstrap_pooled(sums, scored, seed), len(sums)), unit, len(sums))
 
 
 def choose_unit(rows: Sequence[Row]) -> str:

@@ -48,5 +48,13 @@ def test_several_samples_are_resampled_over_problems() -> None:
     assert average_pass_at_k([(2, 1)], 2).point == 1.0
 
 
+def test_rewards_that_say_nothing_of_others_have_no_interval() -> None:
+    assert average([0.25, 0.75] * 3).ci95 is None
+    alike = average([0.0] * 29)
+    assert (alike.point, alike.ci95, alike.method) == (0.0, None, "no interval: fewer than 30, and all alike")
+    assert average([0.0] * 30).ci95 == (0.0, 0.0)
+    assert average([0.25, 0.75] * 4).ci95 is not None
+
+
 def test_average_is_of_problems() -> None:
     assert average([0.25, 0.75, 1.0, 0.0]).point == 0.5

@@ -72,7 +72,8 @@ def test_every_token_weighs_the_same(run: Run, save: Callable[..., Path], tmp_pa
     assert result["loss"]["nats_per_token"] == pytest.approx((0.2 + 0.3 + 0.5) / 3)  # not (0.25 + 0.5) ÷ 2
     assert result["perplexity"]["value"] == pytest.approx(math.exp(1 / 3))
     assert result["bits_per_byte"] is None
-    assert result["loss"]["ci95"] == pytest.approx([0.25, 0.5])  # of two rows: one of them twice
+    assert result["loss"]["ci95"] is result["perplexity"]["ci95"] is None  # of two rows
+    assert "2 rows, so no interval: it needs 8 of them at least." in output
     assert "0.3333" in output
     stored = json.loads((tmp_path / "out" / "loss.json").read_text())
     assert stored == result
@@ -139,6 +140,15 @@ def test_interval_draws_documents_where_there_are_ten() -> None:
     assert by_document == average(many, alternating)
     assert (by_document.drawn, by_document.units, by_document.ci95) == ("documents", 10, (0.5, 0.5))
     assert average(many[:1], alternating).ci95 is None
+
+
+def test_a_handful_carries_no_interval() -> None:
+    """One of 95% over three to seven rows covered 50 to 80%."""
+    rows = [Row(number, (1, 2)) for number in range(8)]
+    nats = {number: float(number) for number in range(8)}
+    assert average(rows[:7], nats).ci95 is None
+    low, high = average(rows, nats).ci95 or (0.0, 0.0)
+    assert 0 < low < 3.5 < high < 7
 
 
 def test_difference_is_paired() -> None:
