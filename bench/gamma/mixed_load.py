@@ -16,7 +16,7 @@ from laguna_serve.bench.harness.in_turn import join_run, measure_in_turn
 from laguna_serve.bench.harness.prompts import split_prompts
 from laguna_serve.bench.harness.result import AbResult
 from laguna_serve.bench.harness.run import MeasurementStoppedError
-from laguna_serve.bench.harness.schedule import Plan, Round, count_warmups, make_plan
+from laguna_serve.bench.harness.schedule import Plan, Round, count_warmups, draw_orders, make_plan
 from laguna_serve.serving.client.records import Prompt
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.kit.progress import Progress
@@ -99,9 +99,13 @@ def _measure_pair(
 
 
 def make_mixed_plan(config: SweepConfig, prompts: list[Prompt]) -> Plan:
-    """Interleaved rounds of every concurrency, CYCLES times or as long as there are prompts."""
+    """Interleaved rounds of every concurrency, CYCLES times or as long as there are prompts.
+
+    Before them there is one round of each, and of each size half the rounds go first to either arm.
+    """
     count = min(len(prompts), CYCLES * sum(config.concurrency))
-    timed, warmup = split_prompts(prompts, count, count_warmups(config.num_warmups, max(config.concurrency)))
+    warmups = max(sum(config.concurrency), count_warmups(config.num_warmups, max(config.concurrency)))
+    timed, warmup = split_prompts(prompts, count, warmups)
     plan = make_plan(
         timed,
         warmup,
@@ -111,14 +115,30 @@ def make_mixed_plan(config: SweepConfig, prompts: list[Prompt]) -> Plan:
         seed=config.seed,
         temperature=config.temperature,
     )
+    rounds = cut_in_turn(timed, config.concurrency)
+    drawn = {
+        size: iter(draw_orders(sum(len(one) == size for one in rounds), config.seed + size))
+        for size in config.concurrency
+    }
+    return replace(
+        plan,
+        rounds=rounds,
+        orders=tuple(next(drawn[len(one)]) for one in rounds),
+        warmup=cut_in_turn(warmup, config.concurrency),
+        concurrency=max(config.concurrency),
+    )
+
+
+def cut_in_turn(prompts: Sequence[Prompt], sizes: Sequence[int]) -> tuple[Round, ...]:
+    """Cut prompts into rounds of the sizes in turn, as long as there are enough."""
     rounds: list[Round] = []
-    left = timed
-    for size in cycle(config.concurrency):
+    left = prompts
+    for size in cycle(sizes):
         if len(left) < size:
             break
         rounds.append(tuple(left[:size]))
         left = left[size:]
-    return replace(plan, rounds=tuple(rounds), orders=plan.orders[: len(rounds)], concurrency=max(config.concurrency))
+    return tuple(rounds)
 
 
 def _make_scheduled(config: SweepConfig, schedule: Schedule) -> EngineConfig:

@@ -88,7 +88,7 @@ def make_plan(
     rounds = _cut(timed, waves * concurrency)
     return Plan(
         rounds=rounds,
-        orders=_draw_orders(len(rounds), seed),
+        orders=draw_orders(len(rounds), seed),
         warmup=_cut(warmup, waves * concurrency),
         control=() if temperature else rounds[: -(-control // (waves * concurrency))],
         max_tokens=max_tokens,
@@ -109,8 +109,8 @@ def _cut(prompts: Sequence[Prompt], size: int) -> tuple[Round, ...]:
     return tuple(tuple(prompts[start : start + size]) for start in range(0, len(prompts), size))
 
 
-def _draw_orders(count: int, seed: int) -> tuple[tuple[str, str], ...]:
-    """Half the rounds each way (one more of either if odd), shuffled."""
+def draw_orders(count: int, seed: int) -> tuple[tuple[str, str], ...]:
+    """Draw half the rounds each way (one more of either if odd), shuffled."""
     orders = [ARMS if index % 2 == 0 else (CANDIDATE, BASELINE) for index in range(count)]
     random.Random(seed).shuffle(orders)
     return tuple(orders)

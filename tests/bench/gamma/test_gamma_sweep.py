@@ -405,6 +405,10 @@ def test_mixed_rounds_interleave_every_concurrency() -> None:
     assert [len(r) for r in plan.rounds] == [1, 4] * 8
     assert len(plan.orders) == 16
     assert plan.concurrency == 4
+    assert {1, 4} <= {len(r) for r in plan.warmup}, "no timed round is the first of its size"
+    for size in (1, 4):
+        first = [order[0] for order, r in zip(plan.orders, plan.rounds, strict=True) if len(r) == size]
+        assert sorted(first) == ["baseline"] * 4 + ["candidate"] * 4
 
 
 @pytest.mark.parametrize(
