@@ -42,7 +42,7 @@ class PrefixCacheConfig(DrafterConfig):
     out: Annotated[Path, Flag("folder for the result files", metavar="DIR")]
 
     QUICK: ClassVar = Quick(
-        "8 prompts × 48 tokens, a small cache of 40 blocks", {"num_prompts": 8, "max_tokens": 48, "small_blocks": 40}
+        "16 prompts × 48 tokens, a small cache of 40 blocks", {"num_prompts": 16, "max_tokens": 48, "small_blocks": 40}
     )
 
     @property
