@@ -18,11 +18,12 @@ async def run_closed_loop(
     concurrency: int,
     work: Callable[[Item], Awaitable[None]],
     say: Callable[[str], None] = say,
+    heard: Callable[[], int] = lambda: 0,
 ) -> None:
     """Work on the items in order, `concurrency` at a time, the next as soon as one ends.
 
     What `work` raises ends it: the others that are in flight are broken off. Where none ends for long, as of an
-    endpoint that hangs, `say` gets a line.
+    endpoint that hangs, `say` gets a line; `heard` counts what else shows that it lives, as parts of answers.
     """
     waiting = iter(items)
     ended = 0
@@ -34,10 +35,11 @@ async def run_closed_loop(
             ended += 1
 
     async def watch() -> None:
-        before, quiet, due = 0, 0.0, QUIET_S
+        before, quiet, due = heard(), 0.0, QUIET_S
         while True:
             await asyncio.sleep(QUIET_S)
-            before, quiet, due = (before, quiet + QUIET_S, due) if ended == before else (ended, 0.0, QUIET_S)
+            now = ended + heard()
+            before, quiet, due = (before, quiet + QUIET_S, due) if now == before else (now, 0.0, QUIET_S)
             if quiet and quiet >= due:
                 due *= 2
                 say(f"no answer for {quiet:.0f} s; {sum(not worker.done() for worker in workers)} requests in flight")

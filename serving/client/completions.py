@@ -7,17 +7,18 @@ engine may share the processors.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeVar
 
 import aiohttp
 
+from laguna_serve.serving.client.closed_loop import run_closed_loop
 from laguna_serve.serving.client.errors import EndpointError, find_broken_end
 from laguna_serve.serving.client.logprobs import Probe, decode_probe, read_logprob
 from laguna_serve.serving.client.records import Prompt, RawStream, Record, decode_stream
 from laguna_serve.serving.client.sampling import PLAIN_SAMPLING, RequestFields
+from laguna_serve.serving.client.sse import is_comment
 from laguna_serve.serving.kit.results import JsonObject
 from laguna_serve.serving.machine.open_files import raise_limit
 
@@ -66,6 +67,7 @@ class Client:
         self._url = find_root(base_url) + self.ROUTE
         self._renderer = find_root(base_url) + "/tokenize"
         self._rendered: dict[str, list[int]] = {}
+        self._heard = 0
         self._body: JsonObject = {
             "model": model_name,
             "max_tokens": max_tokens,
@@ -85,14 +87,14 @@ class Client:
         sent as soon as one ends, as vLLM's own benchmark does; None: all are sent at once.
         """
         inputs = [await self._render(prompt) for prompt in prompts]
-        slots = asyncio.Semaphore(concurrency or len(prompts) or 1)
+        streams: dict[int, RawStream] = {}
 
-        async def send(prompt: Prompt, text: str | list[int]) -> RawStream:
-            async with slots:
-                return await self._stream(prompt, text, fields)
+        async def send(number: int) -> None:
+            streams[number] = await self._stream(prompts[number], inputs[number], fields)
 
-        streams = await asyncio.gather(*map(send, prompts, inputs))
-        return [decode_stream(raw) for raw in streams]
+        at_once = min(concurrency or len(prompts), len(prompts)) or 1
+        await run_closed_loop(range(len(prompts)), at_once, send, heard=lambda: self._heard)
+        return [decode_stream(streams[number]) for number in range(len(prompts))]
 
     async def _stream(self, prompt: Prompt, text: str | list[int], fields: RequestFields) -> RawStream:
         body = {**self._body, "prompt": text, "stream": True, "stream_options": {"include_usage": True}, **fields}
@@ -103,8 +105,15 @@ class Client:
                 if response.status != 200:
                     raw.error = f"HTTP {response.status}: {(await response.text(errors='replace'))[:200]}"
                 else:
+                    heard_ns = raw.started_ns
                     async for chunk in response.content.iter_any():
-                        raw.reads.append((time.perf_counter_ns(), chunk))
+                        now_ns = time.perf_counter_ns()
+                        raw.reads.append((now_ns, chunk))
+                        if not is_comment(chunk):
+                            heard_ns = now_ns
+                            self._heard += 1
+                        elif now_ns - heard_ns > SILENCE_S * 1e9:
+                            raise TimeoutError(f"nothing but comments for {SILENCE_S:.0f} s")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raw.error = f"{type(error).__name__}: {error}"
         raw.ended_ns = time.perf_counter_ns()

@@ -45,6 +45,11 @@ class SseParser:
             self._data.append(line[5:].removeprefix(b" "))
 
 
+def is_comment(chunk: bytes) -> bool:
+    """Whether a network read has nothing but comments, as servers and proxies send to keep a connection open."""
+    return chunk.startswith(b":") and all(not line or line.startswith(b":") for line in chunk.splitlines())
+
+
 def list_payloads(body: bytes) -> list[bytes]:
     """List the payloads of a stream's events, of a whole body; of one that is no stream, the body itself."""
     is_stream = body.lstrip().startswith((b"data:", b":", b"event:"))

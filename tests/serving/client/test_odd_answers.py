@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from aiohttp import web
 from mock_engine import MockServer
 
+from laguna_serve.serving.client import closed_loop, completions
 from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.counters import Counters, scrape_counters
 from laguna_serve.serving.client.errors import EndpointError
@@ -96,6 +98,56 @@ def test_what_is_no_log_probability_is_refused(value: bytes) -> None:
 
     with odd(body % (value, value)) as url:
         asyncio.run(ask(url))
+
+
+class CommentServer(MockServer):
+    """Sends comments alone, as a proxy before an engine that hangs; `may_end` ends them, a bound in any case."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end = False
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post("/v1/completions", self._answer)]
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(20_000):
+            if self.may_end:
+                break
+            await response.write(b": keep-alive\n\n")
+            await asyncio.sleep(0)
+        return response
+
+
+def test_comments_alone_do_not_keep_a_request_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(url: str) -> list[Record]:
+        async with open_session() as session:
+            monkeypatch.setattr(completions, "SILENCE_S", 0.0)
+            return await Client(session, url, "fake", 1).run_round([Prompt("a", "p")])
+
+    with CommentServer() as server:
+        assert asyncio.run(ask(server.url))[0].error == "TimeoutError: nothing but comments for 0 s"
+
+
+def test_a_round_that_hangs_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing was said of a benchmark's streams for the ten minutes until they gave up."""
+    monkeypatch.setattr(closed_loop, "QUIET_S", 1e-3)
+    said: list[str] = []
+
+    async def ask(server: CommentServer) -> None:
+        def say(line: str) -> None:
+            said.append(line)
+            server.may_end = True
+
+        monkeypatch.setattr(completions, "run_closed_loop", partial(closed_loop.run_closed_loop, say=say))
+        async with open_session() as session:
+            await Client(session, server.url, "fake", 1).run_round([Prompt("a", "p"), Prompt("b", "q")])
+
+    with CommentServer() as server:
+        asyncio.run(ask(server))
+    assert said[0] == "no answer for 0 s; 2 requests in flight"
 
 
 def test_refusal_in_another_encoding_is_a_failed_request() -> None:
