@@ -12,6 +12,7 @@ from msgspec import structs
 from safetensors import safe_open
 
 from laguna_serve.bench.certificate import rescoring
+from laguna_serve.bench.certificate.locating import choose_sequence
 from laguna_serve.bench.certificate.passes import Answers
 from laguna_serve.bench.certificate.report import summarise
 from laguna_serve.bench.certificate.result import Certificate, LoadResult, Replayed, StreamCheck
@@ -23,6 +24,7 @@ from laguna_serve.bench.certificate.verdict import (
     ROW_MATCHED,
     UP_TO_TIES,
     Load,
+    Rules,
     find_verdict,
     judge_load,
     judge_streams,
@@ -280,3 +282,59 @@ def test_blank_drafter_keeps_everything_but_the_weights(tmp_path: Path, drafter:
                     assert np.isclose(spread, 0.02, rtol=0.5) or b.numel() < 8
                 else:
                     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("by", "drifts"), [(0.0014, False), (0.0016, True)])
+def test_drift_begins_at_half_as_much_again(by: float, drifts: bool) -> None:
+    assert judge(everyone(by)).drift.drifts is drifts
+
+
+def test_prompts_that_part_at_once_say_nothing_about_drift() -> None:
+    """The control's noise on them is nothing to hold the candidate's on the others against."""
+    baseline, candidate = everyone(), everyone(0.004)
+    control = everyone(0.001) | {"p5": shift(answer("p5"), 1.0)}
+    candidate["p5"] = part(candidate["p5"], 0, -0.7, -0.6)
+    load = judge_load(Load(1, baseline, candidate, {ROW_MATCHED: control}), "float32", seed=0)
+    assert load.drift is not None
+    assert load.drift.ratio == pytest.approx(4)
+    assert load.drift.drifts
+
+
+def test_streamed_token_may_lie_by_twice_the_noise_below_the_best() -> None:
+    observed = everyone()
+    record = Record("p4", 0, 1, token_ids=[*range(10, 18)], text=observed["p4"].text)
+    record.token_ids[2] += 1  # 2.5 below
+    assert judge_streams(observed, [record], 1.24).beyond_noise == 1
+    assert judge_streams(observed, [record], 1.26).beyond_noise == 0
+
+
+def test_drawn_token_need_not_be_the_likeliest() -> None:
+    drawn = everyone()
+    probe = drawn["p7"]
+    drawn["p7"] = replace(probe, top=(*probe.top[:6], {16: -0.5, 99: -0.4}, *probe.top[7:]))
+    load = Load(1, drawn, drawn, {AGAIN: drawn})
+    assert find_verdict([judge_load(load, "float32", seed=0, rules=Rules(drawn=True))]) == (IDENTICAL, [])
+    assert find_verdict([judge_load(load, "float32", seed=0)])[0] == DEFECT
+
+
+def test_ties_do_not_count_towards_the_bound_on_defects() -> None:
+    baseline, candidate = near_tie()
+    found = judge(candidate, baseline=baseline).candidate
+    assert found.defect_bound95 == pytest.approx(bound_mismatch_rate(0, 12))
+    assert found.bound95 == pytest.approx(bound_mismatch_rate(1, 12))
+
+
+def test_engine_that_promises_bits_may_show_no_difference() -> None:
+    load = Load(1, everyone(), everyone(1e-6), {AGAIN: everyone()})
+    verdict, reasons = find_verdict([judge_load(load, "float32", seed=0, rules=Rules(identical=True))])
+    assert verdict == DEFECT
+    assert "the candidate's log-probabilities differ by up to 1e-06, and may not at all" in reasons[0]
+
+
+def test_rows_are_looked_for_where_the_arms_part_first() -> None:
+    baseline, candidate = everyone(), everyone()
+    candidate["p3"] = shift(answer("p3"), 0.1)
+    assert choose_sequence(baseline, candidate, 2) == (1, 3, *range(10, 18))
+    candidate["p7"] = part(answer("p7"), 4, -0.7, -0.6)
+    candidate["p9"] = part(answer("p9"), 2, -0.7, -0.6)
+    assert choose_sequence(baseline, candidate, 2) == (1, 9, 10, 11, 12, 13)

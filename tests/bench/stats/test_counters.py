@@ -98,3 +98,8 @@ def test_settling_gives_up_in_time() -> None:
 
     with MockEngine(Settings()) as engine:
         assert asyncio.run(settle(engine)) == 0
+
+
+def test_other_metrics_with_positions_are_not_acceptance() -> None:
+    line = 'vllm:spec_decode_num_draft_tokens_per_pos_total{engine="0",position="0"} 100.0\n'
+    assert parse_counters(EXPOSITION + line) == parse_counters(EXPOSITION)

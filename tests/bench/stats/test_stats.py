@@ -139,3 +139,10 @@ def test_the_rule_of_three_lies_just_above_the_bound(prompts: int) -> None:
     bound = bound_mismatch_rate(0, prompts)
     assert bound == pytest.approx(1 - 0.05 ** (1 / prompts), rel=1e-9)
     assert bound < 3 / prompts
+
+
+def test_the_interval_is_of_95_percent() -> None:
+    """As the normal distribution has it: 1.96 standard errors to either side."""
+    values = np.random.default_rng(0).normal(10.0, 1.0, 400)
+    low, high = bootstrap_mean(values, seed=0)
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.05)

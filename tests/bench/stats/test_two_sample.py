@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from laguna_serve.bench.stats.two_sample import Completion, adjust, compare, find_power, sharpen
+from laguna_serve.bench.stats.two_sample import Completion, _score, adjust, compare, find_power, sharpen
 
 ONE: list[list[Completion]] = [[(1, 1)] * 30]
 OTHER: list[list[Completion]] = [[(2, 2)] * 30]
@@ -77,3 +77,19 @@ def test_power_grows_with_the_share_and_is_the_level_without_one() -> None:
 def test_unequal_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="expected equally many of every prompt on both arms, got \\[29, 30\\]"):
         compare(ONE, [OTHER[0][:29]], np.random.default_rng(0), 9)
+
+
+def test_prefixes_that_are_rare_are_left_out() -> None:
+    """Nine of a token that the other side never has, of at least ten that count."""
+    baseline: list[list[Completion]] = [[(0,)] * 21 + [(1,)] * 9]
+    candidate: list[list[Completion]] = [[(0,)] * 21 + [(2,)] * 9]
+    assert compare(baseline, candidate, np.random.default_rng(0), 199).pooled_p == 1.0
+    baseline, candidate = [[(0,)] * 20 + [(1,)] * 10], [[(0,)] * 20 + [(2,)] * 10]
+    assert compare(baseline, candidate, np.random.default_rng(0), 199).pooled_p < 0.05
+
+
+def test_statistic_by_hand() -> None:
+    """Σ (a − b)² ÷ (a + b): 20 against 10 of one token, 10 against 20 of another one."""
+    completions: list[Completion] = [(1,)] * 20 + [(2,)] * 10 + [(1,)] * 10 + [(2,)] * 20
+    deal = np.array([[1] * 30 + [0] * 30], dtype=np.float32)
+    assert _score(completions, deal) == pytest.approx([2 * 10**2 / 30])
