@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 from humaneval_like import ADD, DECODE, PLUS
 
 from laguna_serve.evals.extraction.extract import ExtractionError, find_fences, read_program
 from laguna_serve.evals.extraction.fences import find_open_string
+from laguna_serve.evals.extraction.parser import list_read
 from laguna_serve.evals.problems import Problem
 
 WHOLE = "def add(a, b):\n    if a:\n        return a + b\n    return b\n"
@@ -197,3 +200,7 @@ def test_completion_goes_on_from_the_prompt_and_is_cut() -> None:
 def test_fences_are_told_apart() -> None:
     text = "```a b\n1\n```\n`x`\n~~~\n```\n2\n```\n~~~\n"
     assert find_fences(text) == [("a", "1\n"), ("", "```\n2\n```\n")]
+
+
+def test_lambda_reads_its_defaults_at_once() -> None:
+    assert list_read(ast.parse("f = lambda a=b, *, c=d: e").body) == {"b", "d"}

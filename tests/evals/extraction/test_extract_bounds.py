@@ -180,3 +180,9 @@ def test_program_that_hurts_a_parser_is_graded_all_the_same(code: str) -> None:
     assert not verdict.grade.passed
     assert len(verdict.grade.detail) < 1000
     assert verdict.grade.detail.isprintable()
+
+
+def test_nothing_parses_once_the_budget_is_spent() -> None:
+    parser = Parser(12)
+    assert [bool(parser.find_definitions("x = 1")) for _ in range(3)] == [True, True, False]
+    assert parser.work == 15
