@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from adaptive_simulation import PROMPT_S, WIDTH, Simulation
 
-from laguna_serve.plugins.adaptive.acceptance import Acceptance
+from laguna_serve.plugins.adaptive.acceptance import MOST, Acceptance
 from laguna_serve.plugins.adaptive.costs import CostTable, Measured, Pace, StepCosts, find_bucket, read
 from laguna_serve.plugins.adaptive.policy import Policy
 from laguna_serve.plugins.adaptive.prospect import PLAIN
@@ -347,3 +347,35 @@ def accept(draw: random.Random, drafted: int) -> int:
         if draw.random() > 0.8:
             return place
     return drafted
+
+
+def test_what_is_learnt_of_drafts_ends_a_decision_for_none() -> None:
+    policy = Policy(WIDTH)
+    Simulation(lambda _step, _number: [0.02] * WIDTH, length=100_000).run(300, policy)
+    while not policy.holds(["0"]):
+        policy.decide(["0"])
+    policy.observe_drafts([("0", 1, 1)])
+    assert not policy.holds(["0"])
+
+
+def test_context_that_must_be_made_up_first_is_a_cost_of_drafts() -> None:
+    policy = Policy(WIDTH)
+    Simulation(lambda _step, _number: [0.8] * WIDTH, length=100_000).run(300, policy)
+    assert policy.decide(["0"]).width
+    assert policy.decide(["0"], waiting_s=1e3) == PLAIN
+
+
+def test_no_token_is_certain() -> None:
+    shared = Acceptance(2)
+    for step in range(1000):
+        shared.observe([(2, 2)], step)
+    assert shared.survivals(0, 2) == pytest.approx([MOST, MOST**2])
+
+
+def test_plain_step_may_take_longer_than_one_with_drafts() -> None:
+    """Two kernels do them; what one of them takes says nothing about the other."""
+    table = CostTable([1.0, 1.1, 1.2], Pace())
+    for _ in range(9):
+        table.observe(1, 0, 5e-3)
+        table.observe(1, 1, 3e-3)
+    assert table.curve(1)[:2] == pytest.approx([5e-3, 3e-3], rel=1e-3)

@@ -48,3 +48,9 @@ def test_tokens_left() -> None:
     assert count_left(make_state(5, 32), 4, 1000) == 23
     assert count_left(make_state(30, 32), 4, 1000) == -2
     assert count_left(make_state(5), 1, 1000) == 994
+
+
+def test_later_chunk_of_a_prompt_is_read_beside_one_that_decodes() -> None:
+    states = {"a": make_state(3), "chunk": make_state(0)}
+    step = begin_step(0.0, make_output({"a": 1, "chunk": 40}, {}), states)
+    assert (step.decoding, step.drafted, step.prompt) == (1, 0, 40)
