@@ -93,3 +93,7 @@ def test_a_chunk_counts_from_its_closing_line() -> None:
     assert record.error is None
     assert (record.chunk_ns, record.chunk_tokens, record.token_ids) == ([300], [2], [5, 6])
     assert record.text_bytes == "é".encode()
+
+
+def test_line_end_behind_a_cut_cr_lf_counts() -> None:
+    assert parse([b"data: a\r", b"\n", b"\n"]) == [b"a"]

@@ -14,8 +14,16 @@ from warm import run_warm
 from laguna_serve.serving.checkpoint import CheckpointError, read_target
 from laguna_serve.serving.checkpoint.drafter import read_drafter
 from laguna_serve.serving.machine.device import Device
-from laguna_serve.serving.planning.support import GPU_ROWS, choose_kv_dtype, judge, judge_drafter, judge_target
+from laguna_serve.serving.planning.support import (
+    GPU_ROWS,
+    choose_kv_dtype,
+    judge,
+    judge_drafter,
+    judge_target,
+    kv_value_bytes,
+)
 
+TOY = Path(__file__).resolve().parents[2] / "toy"
 GIB = 1 << 30
 CPU = Device("cpu", "cpu", GIB, GIB, isa=("avx512f",))
 GPU = Device("gpu", "gpu", GIB, GIB)
@@ -137,3 +145,9 @@ def test_other_methods_are_left_to_vllm(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
     verdict = judge_target(read_target(tmp_path), replace(GPU, capability=90))
     assert (verdict.how, verdict.served) == ("unknown", True)
+
+
+@pytest.mark.parametrize(("chosen", "value"), [("fp8", 1), ("fp8_e4m3", 1), ("bfloat16", 2), ("auto", 2), (None, 2)])
+def test_bytes_of_a_value_in_the_kv_cache(chosen: str | None, value: int) -> None:
+    gpu = replace(GPU, capability=90)
+    assert kv_value_bytes(read_target(TOY / "teacher"), gpu, "bfloat16", chosen) == value
