@@ -265,3 +265,15 @@ def test_an_engine_that_may_be_paused_is_given_nothing_until_that_is_known() -> 
             replies = [front.ask(PATH, BODY) for _ in range(4)]
             assert [reply.header("x-upstream") for reply in replies] == ["b"] * 4
             assert front.relay.pools["m"].engines[0].fenced is not None
+
+
+def test_model_whose_engines_are_silent_is_ready_and_one_whose_refuse_is_not() -> None:
+    pool = make_pool("a")
+    (engine,) = pool.engines
+    assert not pool.is_ready(0.0)
+    engine.note_well()
+    assert pool.is_ready(0.0)
+    engine.note_miss("no answer", 1, silent=True)
+    assert (engine.is_up(0.0), pool.is_ready(0.0)) == (False, True)
+    engine.note_miss("HTTP 500", 1, silent=False)
+    assert not pool.is_ready(0.0)

@@ -12,6 +12,7 @@ from gateway_fakes import Exchange, Upstream, gateway, make_request, read_reply,
 
 from laguna_serve.serving.gateway.access.asked import read_asked
 from laguna_serve.serving.gateway.access.edits import find_priority, set_priority
+from laguna_serve.serving.gateway.engines.waiting import WaitingLine
 
 CHAT = "/v1/chat/completions"
 
@@ -96,3 +97,10 @@ def test_priority_is_passed_on_where_the_model_says_so() -> None:
 def test_without_keys_a_clients_priority_is_the_engines_business() -> None:
     with Upstream() as engine, gateway(engine, model={"pass_priority": True}) as front:
         assert front.ask(CHAT, b'{"priority": -3}').json()["body"] == '{"priority": -3}'
+
+
+def test_line_forgets_those_that_were_limited() -> None:
+    line = WaitingLine()
+    with line.draw(0, limited=True), line.draw(0, limited=False):
+        assert (line.length, line.limited) == (2, 1)
+    assert (line.length, line.limited) == (0, 0)

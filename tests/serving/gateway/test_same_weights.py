@@ -9,6 +9,8 @@ import pytest
 from gateway_engine import PATH, RlEngine
 from gateway_fakes import Gateway, gateway
 
+from laguna_serve.serving.gateway.engines.digests import Digests, find_differing
+
 COMPLETION = b'{"model": "m", "prompt": "x"}'
 NEW = {"weight_version": "7", "update": [{"names": ["w"]}], "digests": True}
 
@@ -99,3 +101,24 @@ def test_answer_that_holds_no_digests_is_told(front: Gateway, engines: tuple[RlE
     assert reply.json()["error"]["message"].startswith(
         "digests: a: expected digests, got an answer where Object missing required"
     )
+
+
+def test_engine_with_another_number_of_ranks_differs() -> None:
+    one = Digests("a", None)
+    found = find_differing({"a": [one, one], "b": [one, one], "c": [one]}, str)
+    assert found == {"c": "expected the weights of a, got others: 1 ranks instead of 2"}
+
+
+def test_digests_are_compared_only_where_that_is_asked() -> None:
+    """Engines that are no vLLM with our worker cannot tell theirs, and take updates all the same."""
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+        two.handlers["/collective_rpc"] = two.refuse
+        report = front.ask_admin("/admin/update_weights", {"weight_version": "7", "update": [{"names": ["w"]}]}).json()
+    assert report["outcome"] == "updated"
+
+
+def test_report_of_an_update_tells_the_drafters_version_apart() -> None:
+    body = {"draft_version": "d7", "draft_update": [{"names": ["w"]}]}
+    with RlEngine() as one, gateway(one) as front:
+        report = front.ask_admin("/admin/update_weights", body).json()
+    assert report["upstreams"]["a"] == {"weight_version": "default", "draft_version": "d7", "fenced": None}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laguna_serve.serving.engine.keeper import RestartPolicy
+from laguna_serve.serving.gateway.relay.admission import check_ticket
 from laguna_serve.serving.gateway.residence.model import RUNNING, Outcome, OwnedModel, State, Terms, Ticket
 from laguna_serve.serving.gateway.residence.owner import Owner
 from laguna_serve.serving.gateway.residence.scheduler import Scheduler
+from laguna_serve.serving.gateway.wire.errors import GatewayError
 
 GIB = 1 << 30
 POLICY = RestartPolicy(first_s=1.0, max_s=8.0, quick_s=300.0)
@@ -370,3 +374,11 @@ def finish_one(world: World, dice: random.Random) -> None:
 def test_memory_counts_while_processes_may_have_it(state: State) -> None:
     model = OwnedModel("a", terms(3), state=state)
     assert model.held_bytes == 3 * GIB
+
+
+@pytest.mark.parametrize(("left_s", "said"), [(0.0, 1), (29.2, 30)])
+def test_request_for_a_model_that_cannot_be_loaded_is_told_when_to_come_back(left_s: float, said: int) -> None:
+    ticket: Any = SimpleNamespace(retry_after_s=left_s, outcome=Outcome.FAILED, cause="no room; see the log")
+    with pytest.raises(GatewayError, match="no room") as caught:
+        check_ticket(ticket)
+    assert caught.value.retry_after_s == said
