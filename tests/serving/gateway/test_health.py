@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from gateway_engine import RlEngine
@@ -17,6 +19,7 @@ from gateway_fakes import Exchange, Gateway, Upstream, gateway, make_request, re
 
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.health import _check
 from laguna_serve.serving.gateway.engines.origin import Origin
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.wire.errors import GatewayError
@@ -277,3 +280,27 @@ def test_model_whose_engines_are_silent_is_ready_and_one_whose_refuse_is_not() -
     assert (engine.is_up(0.0), pool.is_ready(0.0)) == (False, True)
     engine.note_miss("HTTP 500", 1, silent=False)
     assert not pool.is_ready(0.0)
+
+
+@pytest.mark.parametrize(
+    ("answered", "heard", "paused", "misses"),
+    [(0, False, False, 1), (1, False, False, 0), (0, True, False, 0), (0, False, True, 0)],
+    ids=["silent", "another request was answered", "a piece of an answer came", "weights are changed"],
+)
+def test_late_check_is_no_miss_of_an_engine_that_answers_elsewhere(
+    answered: int, heard: bool, paused: bool, misses: int
+) -> None:
+    pool = make_pool("a")
+    (engine,) = pool.engines
+    engine.note_well()
+    pool.paused = paused
+    config = parse_config({"models": [{"name": "m", "upstreams": [{"name": "a", "url": "http://a:1"}]}]}, "test")
+    relay: Any = SimpleNamespace(config=config, has_heard_from=lambda _engine, _since_s: heard)
+
+    async def answer_late(path: str, timeout_s: float) -> int:
+        engine.answers += answered
+        raise TimeoutError
+
+    engine.origin = SimpleNamespace(ask_status=answer_late)  # type: ignore[assignment]
+    asyncio.run(_check(SimpleNamespace(), relay, pool, engine))  # type: ignore[arg-type]
+    assert engine.misses == misses

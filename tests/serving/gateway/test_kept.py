@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gateway_fakes import Exchange, Upstream, gateway
 
-from laguna_serve.serving.gateway.engines.origin import Origin
+from laguna_serve.serving.gateway.engines.origin import KEEPALIVE_S, Origin
 from laguna_serve.serving.gateway.wire.failures import BrokenError, SilentError, StaleError
 from laguna_serve.serving.gateway.wire.http1 import Connection, Waits
 
@@ -195,3 +195,31 @@ def test_long_answers_take_their_time() -> None:
         started = time.monotonic()
         assert front.ask("/v1/x", b"{}").status == 200
         assert time.monotonic() - started >= 0.6
+
+
+def test_connection_that_was_idle_too_long_is_not_used_again() -> None:
+    """The engine is about to close it: vLLM does after 5 s."""
+    assert KEEPALIVE_S < 5
+
+    async def steps(origin: Origin, peer: socket.socket) -> None:
+        (connection,) = origin._idle
+        connection.idle_since -= KEEPALIVE_S
+        assert origin.take() is None
+        peer.settimeout(5)
+        assert await asyncio.to_thread(peer.recv, 1) == b"", "closed"
+
+    on_a_kept_connection(steps)
+
+
+def test_connection_that_was_idle_too_long_is_closed_though_nobody_asks_for_one() -> None:
+    async def steps(origin: Origin, peer: socket.socket) -> None:
+        (connection,) = origin._idle
+        now = asyncio.get_running_loop().time()
+        for idle_since, kept in ((now + 60, [connection]), (now - KEEPALIVE_S - 1, [])):
+            connection.idle_since = idle_since
+            origin.expire()
+            assert origin._idle == kept
+        peer.settimeout(5)
+        assert await asyncio.to_thread(peer.recv, 1) == b"", "closed"
+
+    on_a_kept_connection(steps)

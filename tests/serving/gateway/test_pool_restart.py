@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import pytest
 from laguna_serve.serving.gateway.config.tables import Limits, Model, Upstream
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.engines.reach import reach
 from laguna_serve.serving.gateway.wire.errors import GatewayError
+from laguna_serve.serving.gateway.wire.failures import UnreachableError
 
 NEW = "http://127.0.0.1:2"
 
@@ -146,5 +150,36 @@ def test_a_reload_keeps_the_new_address() -> None:
         pool.configure(model, pool.limits)
         assert pool.engines == [new]
         assert new.returns
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_down", "failures"),
+    [(ConnectionRefusedError(errno.ECONNREFUSED, "refused"), True, 0), (TimeoutError(), False, 1)],
+    ids=["refused", "silent"],
+)
+def test_engine_that_returns_is_down_when_it_refuses_and_not_for_silence(
+    error: OSError, is_down: bool, failures: int
+) -> None:
+    """What is silent is not known to have died: only failures in a row count. The request goes on to another one."""
+
+    async def test() -> None:
+        pool = make_pool("a", "b")
+        first, other = pool.engines
+        errors, made = [UnreachableError(error, 5.0)], object()
+
+        async def refuse(timeout_s: float) -> None:
+            raise errors.pop()
+
+        async def connect(timeout_s: float) -> object:
+            return made
+
+        first.origin = SimpleNamespace(connect=refuse)  # type: ignore[assignment]
+        other.origin = SimpleNamespace(connect=connect)  # type: ignore[assignment]
+        request: Any = SimpleNamespace(engine=None, affinity=None, priority=0, policy=None)
+        assert await reach(request, pool, 0, afresh=True) is made
+        assert (request.engine, first.in_flight, other.in_flight) == (other, 0, 1)
+        assert (first.healthy is False, first.failures) == (is_down, failures)
 
     run(test)

@@ -122,3 +122,20 @@ def test_report_of_an_update_tells_the_drafters_version_apart() -> None:
     with RlEngine() as one, gateway(one) as front:
         report = front.ask_admin("/admin/update_weights", body).json()
     assert report["upstreams"]["a"] == {"weight_version": "default", "draft_version": "d7", "fenced": None}
+
+
+def test_where_no_engine_can_be_taken_back_none_is_served(front: Gateway, engines: tuple[RlEngine, RlEngine]) -> None:
+    """There is nothing to compare then, and the answer says what happened."""
+    for engine in engines:
+        engine.fail = {"/update_weights"}
+    status, report = update(front, rollback=BACK)
+    assert (status, report["outcome"]) == (502, "unavailable")
+    assert report["error"].startswith("/update_weights: a: HTTP 500")
+    assert front.ask(PATH, COMPLETION).status == 503
+
+
+def test_way_back_compares_digests_only_where_that_is_asked(front: Gateway, engines: tuple[RlEngine, RlEngine]) -> None:
+    engines[0].fail_once = {"/update_weights"}
+    for engine in engines:
+        engine.handlers["/collective_rpc"] = engine.refuse
+    assert update(front, rollback=BACK, digests=False)[1]["outcome"] == "rolled_back"
