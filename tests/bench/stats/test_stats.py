@@ -20,6 +20,7 @@ from laguna_serve.bench.stats.intervals import (
     summarise,
     token_gaps_ms,
 )
+from laguna_serve.bench.stats.quartiles import find_quartiles
 from laguna_serve.serving.client.counters import Counters, summarise_acceptance
 
 MS = 1_000_000
@@ -146,3 +147,12 @@ def test_the_interval_is_of_95_percent() -> None:
     values = np.random.default_rng(0).normal(10.0, 1.0, 400)
     low, high = bootstrap_mean(values, seed=0)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("values", "quartiles"),
+    [([5.0], (5.0, 5.0, 5.0)), ([4.0, 1.0, 3.0, 2.0], (1.75, 2.5, 3.25)), ([9.0, 1.0, 5.0, 7.0, 3.0], (3.0, 5.0, 7.0))],
+)
+def test_quartiles_by_hand(values: list[float], quartiles: tuple[float, float, float]) -> None:
+    found = find_quartiles(values)
+    assert (found.q25, found.median, found.q75) == quartiles
