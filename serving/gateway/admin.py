@@ -29,8 +29,8 @@ from laguna_serve.serving.gateway.admin_models import hold, make_router
 from laguna_serve.serving.gateway.admin_trl import add_trl, read_basic
 from laguna_serve.serving.gateway.config.listening import Admin
 from laguna_serve.serving.gateway.engines import digests
-from laguna_serve.serving.gateway.engines.update import PauseMode, UpdateRequest, Version
-from laguna_serve.serving.gateway.engines.weights import StepError, WeightGroup
+from laguna_serve.serving.gateway.engines.update import PauseMode, RefusedError, StepError, UpdateRequest, Version
+from laguna_serve.serving.gateway.engines.weights import WeightGroup
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.status import describe
 from laguna_serve.serving.gateway.wire import errors
@@ -47,7 +47,7 @@ REFUSALS: dict[int | str, JsonObject] = {
     401: {"description": "no admin key"},
     403: {"description": "from a page in a browser"},
     404: {"description": "no such model"},
-    409: {"description": "another update is under way"},
+    409: {"description": "another update is under way, or none is where a step needs one"},
     413: {"description": "a body of more than server.max_body_bytes"},
     415: {"description": "a body that the Content-Type header does not call JSON, or that is compressed"},
     422: {"description": "JSON that is not what the route takes; what, and where"},
@@ -155,6 +155,10 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
     @app.exception_handler(StepError)
     async def tell(request: Request, error: StepError) -> Response:
         return refuse(502, str(error), upstreams={engine.name: text for engine, text in error.errors.items()})
+
+    @app.exception_handler(RefusedError)
+    async def refuse_step(request: Request, error: RefusedError) -> Response:
+        return refuse(409, str(error))
 
     @app.get("/admin/status")
     async def status() -> JsonObject:

@@ -23,9 +23,9 @@ from fastapi import APIRouter, Body, FastAPI, HTTPException, Response
 
 from laguna_serve.serving.gateway.clients.asgi import Receive, RelayApp, Scope, Send
 from laguna_serve.serving.gateway.config.endpoint import TOKEN
-from laguna_serve.serving.gateway.engines.transfer import Transfer, TransferError, name_next
-from laguna_serve.serving.gateway.engines.update import PauseMode, UpdateRequest, Version
-from laguna_serve.serving.gateway.engines.weights import RESET, StepError, WeightGroup
+from laguna_serve.serving.gateway.engines.transfer import Transfer, name_next
+from laguna_serve.serving.gateway.engines.update import PauseMode, RefusedError, StepError, UpdateRequest, Version
+from laguna_serve.serving.gateway.engines.weights import RESET, WeightGroup
 from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.kit.results import JsonObject
 
@@ -55,7 +55,7 @@ def add_trl(app: FastAPI, model: str, find: Callable[[], Services], alone: Alone
                 transfers[:] = [Transfer(group)]
             try:
                 yield transfers[0]
-            except TransferError as error:
+            except RefusedError as error:
                 raise HTTPException(409, str(error)) from None
             except StepError as error:
                 raise HTTPException(409, str(error) + (NO_ROUTES if "HTTP 404" in str(error) else "")) from None

@@ -11,17 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.update import RefusedError, StepError
 from laguna_serve.serving.gateway.engines.weight_policy import number_of
-from laguna_serve.serving.gateway.engines.weights import RESET, RESET_ALL, START, StepError, WeightGroup
+from laguna_serve.serving.gateway.engines.weights import RESET, RESET_ALL, START, WeightGroup
 from laguna_serve.serving.kit.results import JsonObject
 
 INFO, WORLD = "/server_info", "/get_world_size"
 # vLLM's backend for a trainer in another process; it needs CUDA on both sides.
 BACKEND = "nccl"
-
-
-class TransferError(Exception):
-    """A step that was refused before any engine was told of it, as one line."""
 
 
 class Transfer:
@@ -52,12 +49,12 @@ class Transfer:
         """Let all engines join the trainer's group, each at ranks of its own behind those of the one before.
 
         Raises:
-            TransferError: an engine has another backend, or the group has not as many places as there are workers.
+            RefusedError: an engine has another backend, or the group has not as many places as there are workers.
             StepError: an engine does not answer, or could not join.
         """
         for engine, config in (await self._ask_configs()).items():
             if (backend := find_backend(config)) != BACKEND:
-                raise TransferError(
+                raise RefusedError(
                     f"init_weight_transfer_engine: expected engines with the backend {BACKEND!r} "
                     f"(--weight-transfer-config, on CUDA devices alone), got {backend!r} of {engine.name}; "
                     "start them with it, or write a folder and send it to /admin/update_weights"
@@ -65,7 +62,7 @@ class Transfer:
         sizes = await self._ask_sizes()
         first, places = init_info.get("rank_offset"), init_info.get("world_size")
         if type(first) is not int or type(places) is not int or places != first + sum(sizes.values()):
-            raise TransferError(
+            raise RefusedError(
                 f"init_weight_transfer_engine: expected a world_size of rank_offset + {sum(sizes.values())} workers, "
                 f"got world_size {places!r} and rank_offset {first!r}; ask /get_world_size again"
             )
@@ -83,12 +80,12 @@ class Transfer:
         """Hold requests, and begin an update on every engine; one that was left off is ended before.
 
         Raises:
-            TransferError: the engines have not joined the trainer's group, or others have come since.
+            RefusedError: the engines have not joined the trainer's group, or others have come since.
             StepError: none could begin; all are fenced off, or none could be paused, and nothing has changed.
         """
         group, engines = self.group, self.group.pool.engines
         if not self._members or set(self._members) != set(engines):
-            raise TransferError(
+            raise RefusedError(
                 "start_weight_update: expected the engines that are there to have joined the trainer's group, got "
                 "others or none; call init_weight_transfer_engine first"
             )
@@ -102,7 +99,7 @@ class Transfer:
         await self._step(START["update"])
 
     async def update(self, update_info: object) -> None:
-        """Tell engines of tensors that come. Raises TransferError: nothing was started; StepError: all failed."""
+        """Tell engines of tensors that come. Raises RefusedError: nothing was started; StepError: all failed."""
         await self._step("/update_weights", {"update_info": update_info})
 
     async def finish(self, weight_version: str | None) -> str:
@@ -111,7 +108,7 @@ class Transfer:
         Returns the version.
 
         Raises:
-            TransferError: nothing was started.
+            RefusedError: nothing was started.
             StepError: no engine has it; all are fenced off.
         """
         group, version = self.group, weight_version or name_next(self.group.pool.versions[0])
@@ -130,7 +127,7 @@ class Transfer:
         self, path: str, body: Mapping[str, object] | None = None, params: Mapping[str, str] | None = None
     ) -> None:
         if not self._left:
-            raise TransferError(f"{path.strip('/')}: expected an update under way, got none; call start_weight_update")
+            raise RefusedError(f"{path.strip('/')}: expected an update under way, got none; call start_weight_update")
         try:
             await self.group.call(path, self._left, body, params)
         except StepError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +18,19 @@ import aiohttp
 from laguna_serve.serving.gateway.engines import digests
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
-from laguna_serve.serving.gateway.engines.update import Part, PauseMode, Update, UpdateRequest
+from laguna_serve.serving.gateway.engines.update import (
+    Part,
+    PauseMode,
+    RefusedError,
+    StepError,
+    Update,
+    UpdateRequest,
+    find_outcome,
+    make_report,
+)
 from laguna_serve.serving.gateway.wire.failures import find_message
 from laguna_serve.serving.kit.results import JsonObject
 
-logger = logging.getLogger(__name__)
 TIMEOUT_S = 600.0
 START: Mapping[Part, str] = {"update": "/start_weight_update", "draft_update": "/start_draft_weight_update"}
 # Keys and values of the old weights must not be attended to with the new ones: requests that are held in the middle
@@ -32,15 +39,6 @@ RESET = "/reset_prefix_cache"
 RESET_ALL = {"reset_running_requests": "true"}
 # vLLM 0.29 and newer have it; where it is missing, an update with a version is refused before anything is touched.
 VERSION_PATH = "/weight_info"
-
-
-class StepError(Exception):
-    """A step failed on some engines; `errors` by engine."""
-
-    def __init__(self, step: str, errors: Mapping[Engine, str]) -> None:
-        causes = "; ".join(f"{engine.name}: {error}" for engine, error in errors.items())
-        super().__init__(f"{step}: {causes}")
-        self.errors = errors
 
 
 class WeightGroup:
@@ -91,11 +89,13 @@ class WeightGroup:
         await self._step(START[part])
 
     async def update(self, info: Mapping[str, object] | Sequence[Mapping[str, object]]) -> None:
-        """One body of `/update_weights` to every engine. Raises StepError as `start`."""
+        """One body of `/update_weights` to every engine. Raises RefusedError: there is none under way; StepError."""
+        self._check_opened("update_weights")
         await self._step("/update_weights", {"update_info": info})
 
     async def finish(self, weight_version: str | None, draft_version: str | None) -> None:
-        """End it, and check that every engine says the same version. Raises StepError as `start`."""
+        """End it, and check that every engine says the same version. Raises as `update`."""
+        self._check_opened("finish_weight_update")
         await self._step("/finish_weight_update", {"weight_version": weight_version})
         self.opened.difference_update(self.pool.engines)
         await self._guarded(lambda: self.call(RESET, self.pool.engines, params=RESET_ALL))
@@ -110,7 +110,7 @@ class WeightGroup:
         parts = request.list_parts()
         if missing := self._list_needed() - parts:
             fault = f"expected {' and '.join(sorted(missing))}, as engines are fenced off, got none; give whole weights"
-            return self._report("unchanged", f"update: {fault}")
+            return make_report(self.pool, "unchanged", f"update: {fault}")
         try:
             if request.weight_version is not None:
                 await self.call(VERSION_PATH, self.pool.engines, method="GET")  # what will be asked at the end
@@ -118,18 +118,18 @@ class WeightGroup:
                 await self.call(digests.PATH, self.pool.engines, digests.PROBE)
             await self.pause(request.mode)
         except StepError as error:
-            return self._report("unchanged", str(error))
+            return make_report(self.pool, "unchanged", str(error))
         try:
             await self._load(request, self.pool.engines)
             if request.digests:
                 await self.compare(self.pool.engines)
             self.settle(parts, request.weight_version, request.draft_version)
-            return self._report("updated", None)
+            return make_report(self.pool, "updated", None)
         except StepError as error:
             if request.rollback is not None:
                 await self._roll_back(request.rollback, check=request.digests)
             self.fence_changed()
-            return self._report(self._find_outcome(), str(error))
+            return make_report(self.pool, find_outcome(self.pool), str(error))
         finally:
             await self.resume()
 
@@ -222,6 +222,10 @@ class WeightGroup:
         self.pool.set_versions(weight_version, draft_version)
         self.fence_changed()
 
+    def _check_opened(self, step: str) -> None:
+        if not self.pool.engines or not self.opened.issuperset(self.pool.engines):
+            raise RefusedError(f"{step}: expected an update under way, got none; call start_weight_update")
+
     def _list_needed(self) -> set[Part]:
         """List what an update must bring so that all engines are the same after it."""
         needed = set[Part]()
@@ -288,21 +292,3 @@ class WeightGroup:
         """Fence off the engines whose weights are not known."""
         for engine in self._changed:
             engine.fence("an update of its weights failed half-way")
-
-    def _find_outcome(self) -> str:
-        """Of an update that failed."""
-        fenced = [engine.fenced is not None for engine in self.pool.engines]
-        return "unavailable" if all(fenced) else "reduced" if any(fenced) else "rolled_back"
-
-    def _report(self, outcome: str, error: str | None) -> JsonObject:
-        if error is not None:
-            logger.warning("model %s: update of weights, %s: %s", self.pool.model.name, outcome, error)
-        engines = {
-            engine.name: {
-                "weight_version": engine.versions[0].decode(),
-                "draft_version": engine.versions[1].decode(),
-                "fenced": engine.fenced,
-            }
-            for engine in self.pool.engines
-        }
-        return {"outcome": outcome, "model": self.pool.model.name, "error": error, "upstreams": engines}

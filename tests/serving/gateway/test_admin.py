@@ -205,6 +205,29 @@ def test_step_that_fails_is_told_and_fences() -> None:
         assert front.ask(PATH, BODY).status == 503
 
 
+def test_step_without_an_update_under_way_is_refused_and_touches_nothing() -> None:
+    """As a client sends that repeats its last request, or comes after an update has ended."""
+    steps = [("/update_weights", {"update_info": {"names": ["w"]}}), (FINISH, {"weight_version": "9"}), (FINISH, {})]
+    with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
+
+        def refuse_all() -> None:
+            before = (list(one.calls), list(two.calls))
+            for path, body in steps:
+                reply = front.ask_admin(path, body)
+                assert reply.status == 409
+                assert "expected an update under way, got none" in reply.json()["error"]["message"]
+            assert (one.calls, two.calls) == before
+            assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(2)} == {"a", "b"}
+
+        refuse_all()
+        for path, body in (("/pause", {}), ("/start_weight_update", {}), steps[0], (FINISH, {}), ("/resume", {})):
+            assert front.ask_admin(path, body).status == 200
+        refuse_all()
+        assert update(front)[1]["outcome"] == "updated"
+        refuse_all()
+        assert front.ask(PATH, BODY).header("x-weight-version") == "7"
+
+
 def test_engines_that_go_on_in_the_middle_of_an_update_are_fenced() -> None:
     with RlEngine() as one, gateway(one) as front:
         for path, body in (("/pause", {}), ("/start_weight_update", {}), ("/resume", {})):
