@@ -25,6 +25,8 @@ COOL_DOWN_S = 1.0
 MAX_COOL_DOWN_S = 30.0
 # As vLLM calls weights that were never updated.
 UNVERSIONED = (b"default", b"default")
+# Of an engine that holds requests back, or may, while no update is under way; a health check finds when that is over.
+LEFT_PAUSED = "paused: an update was broken off; update its weights, or let it go on by POST /resume to it"
 logger = logging.getLogger(__name__)
 
 

@@ -19,7 +19,7 @@ from typing import Protocol
 import aiohttp
 
 from laguna_serve.serving.gateway.config import Config
-from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine
+from laguna_serve.serving.gateway.engines.engine import LEFT_PAUSED, UNVERSIONED, Engine
 from laguna_serve.serving.gateway.engines.pool import VERSION, Pool
 from laguna_serve.serving.gateway.wire.failures import BrokenError, UnreachableError
 
@@ -28,8 +28,6 @@ RECHECK_S = 0.5
 VERSION_TIMEOUT_S = 2.0
 # A drafter's version where an engine may have been started again: vLLM tells the model's alone.
 UNKNOWN = b"unknown"
-# Of an engine that holds requests back, and no update is under way: its gateway was killed in the middle of one.
-LEFT_PAUSED = "paused: an update was broken off; update its weights, or let it go on by POST /resume to it"
 logger = logging.getLogger(__name__)
 
 
@@ -126,7 +124,7 @@ async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, e
     engine.note_well()
     if not was_up:
         if is_paused and not pool.paused:
-            engine.fence(LEFT_PAUSED)
+            engine.fence(engine.fenced or LEFT_PAUSED)
         elif engine.fenced == LEFT_PAUSED:
             engine.unfence()
         pool.welcome(engine)

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from laguna_serve.serving.gateway.engines import digests
-from laguna_serve.serving.gateway.engines.engine import Engine
+from laguna_serve.serving.gateway.engines.engine import LEFT_PAUSED, Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.update import (
     Part,
@@ -60,7 +60,8 @@ class WeightGroup:
         try:
             await self.call("/pause", self.pool.engines, params={"mode": mode})
         except StepError as error:
-            await self.resume([engine for engine in self.pool.engines if engine not in error.errors])
+            # One whose answer was lost may be paused all the same; one that has no such route is not.
+            await self.resume([e for e in self.pool.engines if not error.errors.get(e, "").startswith("HTTP 404")])
             raise
 
     async def resume(self, engines: Sequence[Engine] | None = None) -> None:
@@ -71,7 +72,9 @@ class WeightGroup:
             await self.call("/resume", self.pool.engines if engines is None else engines)
         except StepError as error:
             for engine, reason in error.errors.items():
-                engine.fence(f"/resume: {reason}")
+                if engine.fenced is None:
+                    engine.fence(LEFT_PAUSED)
+                engine.last_error = f"/resume: {reason}"
         finally:
             self.pool.resume()
             if gone:  # taken out by a reload meanwhile, and with requests to finish; nobody waits for them

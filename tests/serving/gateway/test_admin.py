@@ -55,6 +55,45 @@ def test_engine_that_does_not_pause_leaves_all_as_they_were() -> None:
         assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(2)} == {"a", "b"}
 
 
+def test_engine_whose_answer_to_a_pause_was_lost_goes_on() -> None:
+    async def lose(exchange: Exchange) -> None:
+        two.take("/pause", {})
+        exchange.abort()
+
+    with RlEngine() as one, RlEngine() as two, gateway(one, two, health={"interval_s": 0.05}) as front:
+        two.handlers["/pause"] = lose
+        for _ in range(2):
+            assert update(front)[1]["outcome"] == "unchanged"
+            assert (one.paused, two.paused) == (False, False)
+            assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(2)} == {"a", "b"}
+        two.fail = {"/resume"}
+        assert update(front)[1]["outcome"] == "unchanged"
+        engine = front.relay.pools["m"].engines[1]
+        assert "paused" in engine.fenced
+        assert {front.ask(PATH, BODY).header("x-upstream") for _ in range(4)} == {"a"}
+        two.fail.clear()
+        two.take("/resume", {})
+        wait_until(lambda: engine.fenced is None)
+
+
+def test_engine_without_a_route_to_pause_is_asked_no_more_and_serves() -> None:
+    with RlEngine() as one, gateway(one, health={"interval_s": 300}) as front:
+        one.handlers["/pause"] = one.handlers["/resume"] = one.refuse
+        assert update(front)[1]["outcome"] == "unchanged"
+        assert front.ask(PATH, BODY).status == 200
+
+
+def test_engine_in_the_middle_of_an_update_is_fenced_off_when_it_goes_on_by_itself() -> None:
+    with RlEngine() as one, gateway(one, health={"interval_s": 0.05}) as front:
+        one.fail = {"/update_weights", "/resume"}
+        assert update(front)[1]["outcome"] == "unavailable"
+        for _ in range(2):  # it is asked whether it is paused, and is, and then is not
+            checked = len(one.checks)
+            wait_until(lambda seen=checked: len(one.checks) >= seen + 4)  # type: ignore[misc]
+            assert "half-way" in front.relay.pools["m"].engines[0].fenced
+            one.calls.append("/resume")
+
+
 @pytest.mark.parametrize("where", ["/start_weight_update", "/update_weights", FINISH])
 def test_failed_update_without_a_way_back_serves_nothing(where: str) -> None:
     with RlEngine() as one, RlEngine() as two, gateway(one, two) as front:
