@@ -16,10 +16,10 @@ from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy
 
 # For how long a free slot is left to the first one of another process.
 POLITE_S = 1.0
-# A model's row: the number that was drawn last. And of each worker: how many wait there, and the first of them by
-# priority and number, which is 0 without one.
+# A model's row: the number that was drawn last. And of each worker: how many wait there, the first of them by priority
+# and number, which is 0 without one, and how many of them are limited.
 LAST = 0
-WAITING, PRIORITY, NUMBER = 0, 1, 2
+WAITING, PRIORITY, NUMBER, LIMITED = 0, 1, 2, 3
 # An engine's row, of each worker: what it has in flight there.
 IN_FLIGHT = 0
 
@@ -40,7 +40,12 @@ class SharedLine(WaitingLine):
     @property
     def total(self) -> int:
         """How many wait in all processes."""
-        return self.length + int(sum(self._board.numbers[place + WAITING] for place, _ in self._others))
+        return self.length + self._sum_elsewhere(WAITING)
+
+    def count(self, *, limited: bool) -> int:
+        """Count those who wait in all processes and are limited, or are not."""
+        all_limited = self.limited + self._sum_elsewhere(LIMITED)
+        return all_limited if limited else self.total - all_limited
 
     @property
     def first(self) -> Ticket | None:
@@ -73,8 +78,11 @@ class SharedLine(WaitingLine):
     def _show(self) -> None:
         numbers, own = self._board.numbers, self._own
         with self._board.locked():
-            numbers[own + WAITING] = self.length
+            numbers[own + WAITING], numbers[own + LIMITED] = self.length, self.limited
             numbers[own + PRIORITY], numbers[own + NUMBER] = self.first or (0, 0)
+
+    def _sum_elsewhere(self, number: int) -> int:
+        return int(sum(self._board.numbers[place + number] for place, _ in self._others))
 
     def _list_elsewhere(self) -> Iterator[tuple[Ticket, int]]:
         numbers = self._board.numbers

@@ -40,8 +40,8 @@ class Engine:
     `fenced` one has other weights than it should, and is sent nothing. `lost_s`: since when the log has it as lost.
     One that `returns` is started again when it dies, by whoever started it: requests wait for it. While it is `away`
     for that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (so far) are for people. One
-    that came while weights were changed is `unasked` until its first health check: requests wait for that. It has not
-    `told` its versions before it was asked for them, and answered: they may be others than `versions`.
+    that came while weights were changed is `unasked` until its first health check: requests wait for that. With
+    `versions_known` it has answered which versions it has; before that they may be others than `versions`.
     """
 
     config: Upstream
@@ -65,7 +65,7 @@ class Engine:
     returns: bool = False
     away: bool = False
     unasked: bool = False
-    told: bool = False
+    versions_known: bool = False
     restarts: int = 0
     deaths: tuple[Mapping[str, Any], ...] = ()
     last_scrape: tuple[float, dict[str, float]] | None = None
@@ -194,3 +194,22 @@ class Engine:
             self.lost_s = time.monotonic()
             self.stats.losses += 1
             logger.warning("engine %s lost: %s", self.name, reason)
+
+
+def choose(free: list[Engine], affinity: bytes | None) -> Engine:
+    """Choose the engine for a request, by weight either way.
+
+    What belongs together gets the same one, else it is the least busy.
+
+    The least busy has the least to do for its weight, and among idle ones it is the one that has had the least.
+    Engines for which speculation pays at their load come first, then plain ones.
+    """
+    if len(free) == 1:
+        return free[0]
+    paying = [e for e in free if e.config.gamma_schedule and e.config.pays(e.in_flight + 1)]
+    free = paying or [engine for engine in free if not engine.config.gamma_schedule] or free
+    if affinity is not None:
+        return max(free, key=lambda engine: engine.rank(affinity))
+    return min(
+        free, key=lambda e: ((e.in_flight + 1) / e.config.weight if e.in_flight else 0, e.turns / e.config.weight)
+    )

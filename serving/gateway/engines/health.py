@@ -26,6 +26,8 @@ from laguna_serve.serving.gateway.wire.failures import BrokenError, UnreachableE
 # How often an engine is asked that is not well, and how often it is looked whether that has changed.
 RECHECK_S = 0.5
 VERSION_TIMEOUT_S = 2.0
+# Answers of an engine, or of what is before it, that has no time to say more: 5xx, and these.
+BUSY = (408, 429)
 # A drafter's version where an engine may have been started again: vLLM tells the model's alone.
 UNKNOWN = b"unknown"
 logger = logging.getLogger(__name__)
@@ -76,6 +78,8 @@ async def _check_engine(session: aiohttp.ClientSession, gateway: Checked, pool: 
         await _check(session, gateway, pool, engine)
     except Exception:
         logger.exception("engine %s: the health check failed in the gateway", engine.name)
+    if not (engine.versions_known or engine.is_up(pool.clock())):
+        pool.wake_all()  # nobody need wait for what it would have said
     return asyncio.get_running_loop().time()
 
 
@@ -87,9 +91,9 @@ def _find_wait(gateway: Checked, engine: Engine, last: asyncio.Task[float] | Non
 
 
 def _find_interval(gateway: Checked, engine: Engine) -> float:
-    """Find how often it is asked: one that is down, could not be connected to, or told no versions, more often."""
+    """Find how often it is asked: one that is down, could not be connected to, or said no versions, more often."""
     interval_s = gateway.config.health.interval_s
-    is_well = engine.healthy is True and engine.told and not engine.misses and not engine.failures
+    is_well = engine.healthy is True and engine.versions_known and not engine.misses and not engine.failures
     return interval_s if is_well else min(interval_s, RECHECK_S)
 
 
@@ -116,7 +120,7 @@ async def _check(session: aiohttp.ClientSession, gateway: Checked, pool: Pool, e
         return
     was_up = engine.healthy is True and engine.is_up(pool.clock())
     # One that was started again between two checks looks well, and has the checkpoint's weights.
-    asked = not was_up or pool.updated or not engine.told or engine.versions != UNVERSIONED
+    asked = not was_up or pool.updated or not engine.versions_known or engine.versions != UNVERSIONED
     if asked and not await _check_version(session, pool, engine, was_up=was_up):
         return
     # Before it counts as well: one that is paused would be given requests in between.
@@ -141,10 +145,10 @@ async def _check_version(session: aiohttp.ClientSession, pool: Pool, engine: Eng
         if pool.paused or pool.versions != expected:
             return was_up  # one that has come is asked again when requests go on
         if version is None:
-            engine.told = engine.told and was_up  # one that was away may have been started again
+            engine.versions_known = engine.versions_known and was_up  # one that was away may have been started again
             return was_up or not pool.updated
-        if not engine.told:
-            pool.note_told(engine)
+        if not engine.versions_known:
+            pool.note_versions_known(engine)
         if was_up and not version:
             return True
         if not pool.updated:
@@ -188,6 +192,8 @@ async def _read_version(session: aiohttp.ClientSession, engine: Engine) -> str |
     url, options = f"{engine.config.url}/weight_info", engine.config.request_options()
     try:
         async with session.get(url, timeout=timeout, **options) as response:
+            if response.status >= 500 or response.status in BUSY:
+                return None
             version = str((await response.json())["weight_version"]) if response.status == 200 else ""
     except (aiohttp.ContentTypeError, ValueError, LookupError, TypeError):
         return ""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from laguna_serve.serving.gateway.config.tables import Limits, Model, Upstream
-from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine
+from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine, choose
 from laguna_serve.serving.gateway.engines.origin import Origin
 from laguna_serve.serving.gateway.engines.waiting import Ticket, WaitingLine
 from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, list_allowed
@@ -96,7 +96,7 @@ class Pool:
             affinity: what belongs together goes to one engine while that has room.
             avoid: engines that this request has tried.
             ticket: with which it has waited for its turn.
-            policy: which weights may answer it; while they are changed, or an engine has yet to tell its own, it waits.
+            policy: which weights may answer it; while they are changed, or an engine has yet to say its own, it waits.
         Raises:
             GatewayError: 503 no engine is up, or none with such weights.
         """
@@ -114,7 +114,7 @@ class Pool:
         free = [engine for engine in up if engine.has_slot()]
         if not free:
             return None
-        engine = self._choose(free, affinity)
+        engine = choose(free, affinity)
         engine.in_flight += 1
         engine.turns += 1
         if self._line and (len(free) > 1 or engine.has_slot()):
@@ -139,11 +139,12 @@ class Pool:
         """
         if (engine := self.take(affinity, avoid, policy=policy)) is not None:
             return engine
-        if self.queued >= self.limits.max_queued:
+        # Those who cannot take every slot are counted apart, so that they fill no queue for those who can.
+        limited = policy is not None or bool(avoid)
+        if self._line.count(limited=limited) >= self.limits.max_queued:
             raise errors.contended()
         if deadline is None:
             deadline = self.clock() + self.limits.queue_timeout_s
-        limited = policy is not None or bool(avoid)
         try:
             with self._line.draw(priority, limited=limited) as ticket:
                 nudge = self._must_nudge(limited)
@@ -246,14 +247,18 @@ class Pool:
         engine.turns = max(engine.turns, max(others, default=0.0) * engine.config.weight)
         self.wake()
 
-    def note_told(self, engine: Engine) -> None:
-        """Note that an engine has told which weights it has; those who wait look again."""
-        engine.told = True
-        self._line.wake_all()
+    def note_versions_known(self, engine: Engine) -> None:
+        """Note that an engine has said which weights it has; those who wait look again."""
+        engine.versions_known = True
+        self.wake_all()
 
     def wake(self) -> None:
         """Let the first in the queue look again."""
         self._line.wake()
+
+    def wake_all(self) -> None:
+        """Let everybody in the queue look again."""
+        self._line.wake_all()
 
     def _must_nudge(self, limited: bool) -> bool:
         """Whether the first should look now that one has come: it may be for a slot that those before cannot take."""
@@ -281,24 +286,6 @@ class Pool:
         up = [engine for engine in self.engines if engine.is_up(now)]
         if not up:
             return errors.not_ready()
-        if policy is not None and not (self.updated or all(engine.told for engine in up)):
+        if policy is not None and not (self.updated or all(engine.versions_known for engine in up)):
             return errors.weights_unknown(str(policy))
         return errors.queue_timeout()
-
-    def _choose(self, free: list[Engine], affinity: bytes | None) -> Engine:
-        """Choose the engine for a request, by weight either way.
-
-        What belongs together gets the same one, else it is the least busy.
-
-        The least busy has the least to do for its weight, and among idle ones it is the one that has had the least.
-        Engines for which speculation pays at their load come first, then plain ones.
-        """
-        if len(free) == 1:
-            return free[0]
-        paying = [e for e in free if e.config.gamma_schedule and e.config.pays(e.in_flight + 1)]
-        free = paying or [engine for engine in free if not engine.config.gamma_schedule] or free
-        if affinity is not None:
-            return max(free, key=lambda engine: engine.rank(affinity))
-        return min(
-            free, key=lambda e: ((e.in_flight + 1) / e.config.weight if e.in_flight else 0, e.turns / e.config.weight)
-        )

@@ -26,6 +26,10 @@ class WaitingLine:
         """Whether somebody may be woken."""
         return bool(self._entries)
 
+    def count(self, *, limited: bool) -> int:
+        """Count those who wait and are limited, or are not."""
+        return self.limited if limited else self.length - self.limited
+
     @contextlib.contextmanager
     def draw(self, priority: int, *, limited: bool) -> Iterator[Ticket]:
         """Give a place at the end of those of a priority, for as long as the block runs."""

@@ -62,7 +62,7 @@ def read_policy(named: Mapping[bytes, bytes]) -> WeightPolicy | None:
 def list_allowed(
     engines: list[Engine], policy: WeightPolicy, latest: bytes | None, known: list[Engine]
 ) -> list[Engine]:
-    """List those whose weights may answer: none while that hangs on one that has not told which it has.
+    """List those whose weights may answer: none while that hangs on one that has not said which it has.
 
     Args:
         engines: that would take the request.
@@ -72,12 +72,12 @@ def list_allowed(
     Raises:
         GatewayError: 503 there is none.
     """
-    told = [engine for engine in engines if engine.told or latest is not None]
-    if len(told) < len(engines) and policy.kind != "min-version":
+    reported = [engine for engine in engines if engine.versions_known or latest is not None]
+    if len(reported) < len(engines) and policy.kind != "min-version":
         return []
     newest = find_latest(engine.versions[0] for engine in known) if latest is None else latest
-    allowed = [engine for engine in told if policy.allows(engine.versions[0], newest)]
-    if not allowed and len(told) == len(engines):
+    allowed = [engine for engine in reported if policy.allows(engine.versions[0], newest)]
+    if not allowed and len(reported) == len(engines):
         raise errors.no_such_weights(str(policy), newest.decode())
     return allowed
 

@@ -21,6 +21,7 @@ from laguna_serve.serving.gateway.counts.shared import SharedCounts
 from laguna_serve.serving.gateway.counts.shared_holder import SharedHolder
 from laguna_serve.serving.gateway.counts.shared_pool import POLITE_S, SharedPool
 from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.engines.weight_policy import HEADER, read_policy
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 
 LOOK_S = 0.02
@@ -253,6 +254,27 @@ def test_places_are_given_up_by_those_who_leave(two: Two) -> None:
         assert a.queued == b.queued == 0
         a.release(engine)  # type: ignore[arg-type]
         assert b.take(None) is not None
+
+    two.run(test)
+
+
+def test_those_who_cannot_take_every_slot_are_counted_apart_over_all_processes(two: Two) -> None:
+    a, b = two.make_pools(make_model(e=1), max_queued=1)
+    policy = read_policy({HEADER: b"latest-only"})
+
+    async def test() -> None:
+        for pool in (a, b):
+            pool.note_versions_known(pool.engines[0])
+        a.take(None)
+        waiting = [await wait_for(a, policy=policy), await wait_for(b)]
+        for pool in (a, b):
+            for more in (None, policy):
+                with pytest.raises(GatewayError) as refused:
+                    await pool.acquire(None, policy=more)
+                assert refused.value.status == 429
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
     two.run(test)
 

@@ -38,7 +38,7 @@ def make_pool(*versions: str, slots: int = 1, **limits: Any) -> Pool:
     pool = Pool(model, given)
     pool.configure(model, given)
     for engine, version in zip(pool.engines, versions, strict=True):
-        engine.versions, engine.told = (version.encode(), b"default"), True
+        engine.versions, engine.versions_known = (version.encode(), b"default"), True
     return pool
 
 
@@ -151,6 +151,27 @@ def test_those_without_a_policy_pass_by_one_that_waits() -> None:
     asyncio.run(test())
 
 
+def test_those_who_wait_for_new_weights_fill_no_queue_for_the_others() -> None:
+    async def test() -> None:
+        pool = make_pool("step-1", "step-2", max_queued=2)
+        held = pool.take(None, policy=policy("latest-only"))
+        assert held is not None
+        picky = [asyncio.create_task(pool.acquire(None, policy=policy("latest-only"))) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(GatewayError) as refused:
+            await pool.acquire(None, policy=policy("latest-only"))
+        assert refused.value.status == 429
+        assert (await asyncio.wait_for(pool.acquire(None), 2)).name == "0-step-1"
+        plain = [asyncio.create_task(pool.acquire(None)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(GatewayError):
+            await pool.acquire(None)
+        for task in (*picky, *plain):
+            task.cancel()
+
+    asyncio.run(test())
+
+
 @pytest.mark.slow
 def test_crowd_ends_with_every_slot_free() -> None:
     """500 requests of all policies, some of which leave: each gets weights that it may have, and nobody is left."""
@@ -215,7 +236,7 @@ def test_one_that_is_late_with_its_version_is_waited_for(monkeypatch: pytest.Mon
         new.handlers[VERSION] = tell_late
         with gateway(old, new, health={"interval_s": 300}) as front:
             engine = front.relay.pools["m"].engines[1]
-            assert (engine.healthy, engine.told) == (True, False)
+            assert (engine.healthy, engine.versions_known) == (True, False)
             assert {ask(front, "any") for _ in range(2)} == {(200, "a"), (200, "b")}
             assert ask(front, "min-version=4") == (200, "a")
             with ThreadPoolExecutor(2) as clients:
@@ -225,15 +246,45 @@ def test_one_that_is_late_with_its_version_is_waited_for(monkeypatch: pytest.Mon
                 assert [each.result() for each in waiting] == [(200, "b")] * 2
 
 
+@pytest.mark.parametrize("status", ["503 Service Unavailable", "429 Too Many Requests", "408 Request Timeout"])
+def test_one_that_has_no_time_to_say_its_version_is_asked_again(status: str) -> None:
+    with RlEngine() as old, RlEngine() as new:
+        old.version, new.version = "step-4", "step-6"
+        tell = new.tell
+
+        async def tell_second(exchange: Exchange) -> None:
+            new.handlers[VERSION] = tell
+            await exchange.answer(b"{}", status=status)
+
+        new.handlers[VERSION] = tell_second
+        with gateway(old, new, health={"interval_s": 300}) as front:
+            assert ask(front, "latest-only") == (200, "b")
+
+
+def test_one_that_goes_before_it_says_its_version_is_waited_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "VERSION_TIMEOUT_S", 0.1)
+
+    async def be_late(exchange: Exchange) -> None:
+        await asyncio.sleep(0.3)
+
+    with RlEngine() as old, RlEngine() as new, ThreadPoolExecutor(1) as clients:
+        old.version, new.handlers[VERSION] = "step-4", be_late
+        with gateway(old, new, health={"interval_s": 0.1}, limits={"queue_timeout_s": 60}) as front:
+            waiting = clients.submit(ask, front, "latest-only")
+            wait_until(lambda: front.relay.pools["m"].queued == 1)
+            new.healthy = False
+            assert waiting.result() == (200, "a")
+
+
 def test_version_that_is_never_told_is_the_reason_given() -> None:
     async def test() -> None:
         pool = make_pool("step-1", "step-2", queue_timeout_s=0.05)
-        pool.engines[1].told = False
+        pool.engines[1].versions_known = False
         with pytest.raises(
             GatewayError, match=r"has not reported its weight version, needed for X-Weight-Policy latest-only"
         ):
             await pool.acquire(None, policy=policy("latest-only"))
-        pool.note_told(pool.engines[1])
+        pool.note_versions_known(pool.engines[1])
         assert (await pool.acquire(None, policy=policy("latest-only"))).name == "1-step-2"
 
     asyncio.run(test())
