@@ -40,8 +40,8 @@ class Engine:
     `fenced` one has other weights than it should, and is sent nothing. `lost_s`: since when the log has it as lost.
     One that `returns` is started again when it dies, by whoever started it: requests wait for it. While it is `away`
     for that, it is sent nothing, whatever answers at its address. `restarts` and `deaths` (so far) are for people. One
-    that came while weights were changed is `unasked` until its first health check: requests wait for that. With
-    `versions_known` it has answered which versions it has; before that they may be others than `versions`.
+    that came while weights were changed, or after, is `unasked` until its first health check: requests wait for that.
+    With `versions_known` it has answered which versions it has; before that they may be others than `versions`.
     """
 
     config: Upstream

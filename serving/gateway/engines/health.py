@@ -155,9 +155,9 @@ async def _check_version(session: aiohttp.ClientSession, pool: Pool, engine: Eng
             _take_versions(engine, version.encode() or UNVERSIONED[0], engine.versions[1])
             return True
         if version == expected[0].decode():
-            if engine.refused and expected[1] != UNVERSIONED[1]:
-                # It was away, and nobody can say which drafter it has.
-                _take_versions(engine, expected[0], UNKNOWN)
+            # Of one that was away nobody can say which drafter it has.
+            is_unsure = engine.refused and expected[1] != UNVERSIONED[1]
+            _take_versions(engine, expected[0], UNKNOWN if is_unsure else engine.versions[1])
             return True
         if last:
             found = version or "none that it would tell"

@@ -278,7 +278,7 @@ class Pool:
         origin.configure(upstream)
         doubted = self.updated or self.paused
         healthy = False if doubted else None
-        return Engine(upstream, origin, healthy=healthy, refused=doubted, unasked=self.paused)
+        return Engine(upstream, origin, healthy=healthy, refused=doubted, unasked=doubted)
 
     def _explain_timeout(self, policy: WeightPolicy | None) -> GatewayError:
         """Say for what somebody waited in vain."""

@@ -14,6 +14,7 @@ import pytest
 from gateway_engine import PATH, VERSION, RlEngine
 from gateway_fakes import Exchange, Gateway, gateway, wait_until
 
+from laguna_serve.serving.gateway.config import Config, parse_config
 from laguna_serve.serving.gateway.config.tables import Limits, Model
 from laguna_serve.serving.gateway.config.tables import Upstream as UpstreamTable
 from laguna_serve.serving.gateway.engines import health
@@ -396,6 +397,31 @@ def test_drafter_of_an_engine_that_was_away_is_unknown() -> None:
         assert drafts == {("a", "unknown"), ("b", "d-3")}
         assert front.ask_admin("/admin/update_weights", update).json()["outcome"] == "updated"
         assert {front.ask(PATH, BODY).header("x-draft-version") for _ in range(8)} == {"d-3"}
+
+
+def reload(front: Gateway, **urls: str) -> None:
+    """Take a configuration with these engines."""
+    upstreams = [{"name": name, "url": url} for name, url in urls.items()]
+    tables = {"models": [{"name": "m", "upstreams": upstreams}], "health": OFTEN, "server": {"port": front.port}}
+    asyncio.run_coroutine_threadsafe(configure(front, parse_config(tables, "test")), front.loop).result(10)
+
+
+async def configure(front: Gateway, config: Config) -> None:
+    front.relay.configure(config)
+
+
+def test_engine_that_a_reload_brings_after_an_update_has_its_version() -> None:
+    with RlEngine() as one, RlEngine() as two, gateway(one, health=OFTEN) as front:
+        assert front.ask_admin("/admin/update_weights", WEIGHTS).json()["outcome"] == "updated"
+        two.version = "7"
+        reload(front, b=two.url)
+        reply = front.ask(PATH, BODY)  # at once: it waits until the engine has been asked
+        assert (reply.status, reply.header("x-weight-version")) == (200, "7")
+        reload(front, a=one.url, b=two.url)
+        wait_until(lambda: all(engine.up for engine in front.relay.pools["m"].engines))
+        replies = [front.ask(PATH, BODY) for _ in range(8)]
+        found = {(r.header("x-upstream"), r.header("x-weight-version"), r.header("x-draft-version")) for r in replies}
+        assert found == {("a", "7", "default"), ("b", "7", "default")}
 
 
 def test_gateway_that_came_later_hears_of_an_engine_that_was_started_again() -> None:
