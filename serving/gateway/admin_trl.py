@@ -101,7 +101,7 @@ def add_trl(app: FastAPI, model: str, find: Callable[[], Services], alone: Alone
             if update_info is not None:
                 await found.update(update_info)
             elif weight_dir is not None:
-                report = await found.group.apply(read_step(weight_dir, found.group.pool.versions[0]))
+                report = await found.group.apply(read_step(weight_dir, found.group.pool.newest))
                 if report["outcome"] != "updated":
                     raise HTTPException(409, report["error"])
             else:

@@ -16,7 +16,7 @@ from laguna_serve.serving.gateway.config.tables import Limits, Model, Upstream
 from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine, choose
 from laguna_serve.serving.gateway.engines.origin import Origin
 from laguna_serve.serving.gateway.engines.waiting import Ticket, WaitingLine
-from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, list_allowed
+from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, find_latest, list_allowed
 from laguna_serve.serving.gateway.wire import errors
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.gateway.wire.http1 import Waits
@@ -211,6 +211,22 @@ class Pool:
             engine.origin.silence_allowed = False
         self.held = []
         self._line.wake_all()
+
+    @property
+    def newest(self) -> bytes:
+        """The version that all should have; where none was set, the newest that an engine has."""
+        if self.updated or not self.engines:
+            return self.versions[0]
+        return find_latest(engine.versions[0] for engine in self.engines)
+
+    def adopt_versions(self) -> bool:
+        """Take over what all engines say of their weights, where none were set. False: they differ, or are silent."""
+        if not self.updated:
+            said = {engine.versions for engine in self.engines}
+            if len(said) > 1 or not all(engine.versions_known for engine in self.engines):
+                return False
+            self.versions = next(iter(said), self.versions)
+        return True
 
     def set_versions(self, weights: str | None, draft: str | None) -> None:
         """Every engine has these from now on; None is as before. No engine is fenced off any more."""

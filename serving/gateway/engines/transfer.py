@@ -111,7 +111,7 @@ class Transfer:
             RefusedError: nothing was started.
             StepError: no engine has it; all are fenced off.
         """
-        group, version = self.group, weight_version or name_next(self.group.pool.versions[0])
+        group, version = self.group, weight_version or name_next(self.group.pool.newest)
         await self._step("/finish_weight_update", {"weight_version": version})
         group.opened.difference_update(self._left)
         await self._step(RESET, params=RESET_ALL)

@@ -39,6 +39,8 @@ RESET = "/reset_prefix_cache"
 RESET_ALL = {"reset_running_requests": "true"}
 # vLLM 0.29 and newer have it; where it is missing, an update with a version is refused before anything is touched.
 VERSION_PATH = "/weight_info"
+# Why an update has to bring whole weights with a name, where the gateway has given its engines none before.
+DIFFERENT = "engines have different weights, or have not said which"
 
 
 class WeightGroup:
@@ -85,7 +87,9 @@ class WeightGroup:
             await self.call("/resume", engines)
 
     async def start(self, part: Part) -> None:
-        """Begin an update on every engine. Raises StepError: they are fenced off."""
+        """Begin an update on every engine. Raises RefusedError: it must bring more; StepError: they are fenced off."""
+        if part == "draft_update" and not self.pool.adopt_versions():
+            raise RefusedError(f"{START[part][1:]}: expected an update of the model, as {DIFFERENT}")
         self._part = part
         await self.close(self.pool.engines)
         self.opened |= set(self.pool.engines)
@@ -99,6 +103,8 @@ class WeightGroup:
     async def finish(self, weight_version: str | None, draft_version: str | None) -> None:
         """End it, and check that every engine says the same version. Raises as `update`."""
         self._check_opened("finish_weight_update")
+        if not self.pool.adopt_versions() and weight_version is None:
+            raise RefusedError(f"finish_weight_update: expected a weight_version, as {DIFFERENT}")
         await self._step("/finish_weight_update", {"weight_version": weight_version})
         self.opened.difference_update(self.pool.engines)
         await self._guarded(lambda: self.call(RESET, self.pool.engines, params=RESET_ALL))
@@ -111,8 +117,11 @@ class WeightGroup:
     async def apply(self, request: UpdateRequest) -> JsonObject:
         """Carry out the whole of it: pause, update, verify, resume. Returns what became of it, JSON-ready."""
         parts = request.list_parts()
-        if missing := self._list_needed() - parts:
-            fault = f"expected {' and '.join(sorted(missing))}, as engines are fenced off, got none; give whole weights"
+        needed, why = self._list_needed(), "engines are fenced off"
+        if not self.pool.adopt_versions():
+            needed, why = needed | {"update", "weight_version"}, DIFFERENT
+        if missing := needed - parts:
+            fault = f"expected {' and '.join(sorted(missing))}, as {why}, got none; give whole weights"
             return make_report(self.pool, "unchanged", f"update: {fault}")
         try:
             if request.weight_version is not None:
@@ -181,14 +190,16 @@ class WeightGroup:
 
         With `check` they must show the same digests then.
         """
-        weights, draft = self.pool.versions
-        whole = update.model_copy(update={"weight_version": weights.decode(), "draft_version": draft.decode()})
+        if self.pool.adopt_versions():  # else each had its own, and this must say what it brings
+            update = update.model_copy(update={"weight_version": self.pool.versions[0].decode()})
+        if (version := update.weight_version) is None:
+            return
         restored = list[Engine]()
         for engine, changed in self._changed.items():
-            if engine.removed or changed - whole.list_parts():
+            if engine.removed or changed - update.list_parts():
                 continue
             with contextlib.suppress(StepError):
-                await self._load(whole, [engine])
+                await self._load(update, [engine])
                 restored.append(engine)
         if check and restored:
             try:
@@ -196,6 +207,7 @@ class WeightGroup:
             except StepError:  # which of them are right is not known
                 return
         for engine in restored:
+            engine.versions = (version.encode(), engine.versions[1])
             del self._changed[engine]
 
     async def close(self, engines: Iterable[Engine]) -> None:

@@ -92,6 +92,16 @@ def test_update_holds_requests_and_advances_the_version_at_its_finish() -> None:
         assert (newest.status, older.status) == (200, 503)
 
 
+def test_gateway_that_came_later_counts_on() -> None:
+    with TrlEngine() as one, TrlEngine() as two:
+        one.version, two.version = "trl-2", "step-1"
+        for version in ("trl-3", "trl-4"):
+            with gateway(one, two, admin=SWITCH) as front:
+                join(front)
+                push(front)
+                assert ask_all(front) == {("a", version), ("b", version)}
+
+
 @pytest.mark.parametrize("where", [START, UPDATE, FINISH])
 def test_engine_that_fails_is_fenced_off_and_comes_back_with_the_next_update(where: str) -> None:
     with TrlEngine() as one, TrlEngine() as two, gateway(one, two, admin=SWITCH) as front:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from gateway_engine import PATH, VERSION, RlEngine
+from gateway_engine import FINISH, PATH, VERSION, RlEngine
 from gateway_fakes import Exchange, Gateway, gateway, wait_until
 
 from laguna_serve.serving.gateway.config import Config, parse_config
@@ -422,6 +422,86 @@ def test_engine_that_a_reload_brings_after_an_update_has_its_version() -> None:
         replies = [front.ask(PATH, BODY) for _ in range(8)]
         found = {(r.header("x-upstream"), r.header("x-weight-version"), r.header("x-draft-version")) for r in replies}
         assert found == {("a", "7", "default"), ("b", "7", "default")}
+
+
+def wait_for_checks(*engines: RlEngine) -> None:
+    """Until each has been asked for its version often enough to be fenced off."""
+    before = [len(engine.checks) for engine in engines]
+    wait_until(lambda: all(len(e.checks) >= n + 4 for e, n in zip(engines, before, strict=True)), 20)
+
+
+NAMELESS = [{"draft_version": "d-3", "draft_update": [{"names": ["d"]}]}, {"update": [{"names": ["w"]}]}]
+
+
+@pytest.mark.parametrize("given", NAMELESS, ids=["drafter", "model"])
+def test_gateway_that_came_later_keeps_the_version_that_an_update_does_not_name(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "RECHECK_S", 0.05)
+    with RlEngine() as one, RlEngine() as two:
+        one.version = two.version = "step-7"
+        with gateway(one, two, health=OFTEN) as front:
+            assert front.ask_admin("/admin/update_weights", given).json()["outcome"] == "updated"
+            wait_for_checks(one, two)
+            replies = [front.ask(PATH, BODY) for _ in range(4)]
+            found = {(r.header("x-upstream"), r.header("x-weight-version")) for r in replies}
+            assert found == {("a", "step-7"), ("b", "step-7")}
+
+
+def test_gateway_that_came_later_brings_engines_back_to_their_version() -> None:
+    with RlEngine() as one, RlEngine() as two:
+        one.version = two.version = "step-7"
+        two.fail_once = {FINISH}
+        with gateway(one, two) as front:
+            back = {"rollback": {"update": [{"names": ["old"]}]}}
+            report = front.ask_admin("/admin/update_weights", {**WEIGHTS, "weight_version": "step-8", **back}).json()
+            assert report["outcome"] == "rolled_back"
+            assert (one.version, two.version) == ("step-7", "step-7")
+            assert ask(front, "min-version=7")[0] == 200
+
+
+def test_engines_that_differ_are_brought_together_by_whole_weights_with_a_name_alone() -> None:
+    with RlEngine() as one, RlEngine() as two:
+        one.version, two.version = "step-4", "step-6"
+        with gateway(one, two) as front:
+            for given in NAMELESS:
+                report = front.ask_admin("/admin/update_weights", given).json()
+                assert report["outcome"] == "unchanged"
+                assert "as engines have different weights, or have not said which" in report["error"]
+            assert front.ask_admin("/start_draft_weight_update", {}).status == 409
+            assert (one.calls, two.calls) == ([], [])
+            two.fail_once = {FINISH}
+            named = {"weight_version": "step-5", "update": [{"names": ["old"]}]}
+            report = front.ask_admin("/admin/update_weights", {**WEIGHTS, "rollback": named}).json()
+            assert (report["outcome"], one.version, two.version) == ("rolled_back", "step-5", "step-5")
+            assert [each["weight_version"] for each in report["upstreams"].values()] == ["step-5", "step-5"]
+            assert front.ask_admin("/admin/update_weights", WEIGHTS).json()["outcome"] == "updated"
+
+
+def test_way_back_of_engines_that_differ_has_to_say_to_where() -> None:
+    with RlEngine() as one, RlEngine() as two:
+        one.version, two.version, two.fail_once = "step-4", "step-6", {FINISH}
+        with gateway(one, two) as front:
+            given = {**WEIGHTS, "rollback": {"update": [{"names": ["old"]}]}}
+            assert front.ask_admin("/admin/update_weights", given).json()["outcome"] == "unavailable"
+
+
+def test_update_by_steps_without_a_name_keeps_the_version_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "RECHECK_S", 0.05)
+    with RlEngine() as one, RlEngine() as two:
+        one.version, two.version = "step-7", "step-6"
+        with gateway(one, two, health=OFTEN) as front:
+            for path in ("/pause?mode=keep", "/start_weight_update"):
+                assert front.ask_admin(path, {}).status == 200
+            reply = front.ask_admin(FINISH, {})
+            assert (reply.status, "expected a weight_version" in reply.json()["error"]["message"]) == (409, True)
+            assert front.ask_admin(FINISH, {"weight_version": "step-8"}).status == 200
+            assert front.ask_admin("/resume", {}).status == 200
+        with gateway(one, two, health=OFTEN) as front:
+            for path in ("/pause?mode=keep", "/start_draft_weight_update", FINISH, "/resume"):
+                assert front.ask_admin(path, {}).status == 200
+            wait_for_checks(one, two)
+            assert {front.ask(PATH, BODY).header("x-weight-version") for _ in range(4)} == {"step-8"}
 
 
 def test_gateway_that_came_later_hears_of_an_engine_that_was_started_again() -> None:
