@@ -74,6 +74,6 @@ async def reach(request: Request, pool: Pool, size: int, *, afresh: bool = False
                 continue
             engine.note_failure(str(error), pool.clock(), silent=error.silent)
             tried.add(engine)
-            if len(tried) == len(pool.engines) or not pool.may_retry():
+            if tried.issuperset(pool.engines) or not pool.may_retry():
                 raise errors.engine_unreachable() from None
             await asyncio.sleep(random.uniform(0, RETRY_PAUSE_S))

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gateway_engine import RlEngine
@@ -19,7 +20,12 @@ from test_config import process
 
 from laguna_serve.serving.cli import main
 from laguna_serve.serving.gateway.config import Config, load_config, parse_config
+from laguna_serve.serving.gateway.config.tables import Limits, Model
+from laguna_serve.serving.gateway.config.tables import Upstream as Upstreamed
+from laguna_serve.serving.gateway.engines.origin import Origin
 from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.engines.reach import reach
+from laguna_serve.serving.gateway.wire.failures import UnreachableError
 
 PATH = "/v1/completions"
 TEXT = """
@@ -121,6 +127,29 @@ def test_fault_that_no_check_finds_changes_nothing(monkeypatch: pytest.MonkeyPat
 def reload(front: object, config: Callable[[], Config]) -> None:
     front.server._reload = config  # type: ignore[attr-defined]
     front.loop.call_soon_threadsafe(front.server.reload)  # type: ignore[attr-defined]
+
+
+def test_request_is_sent_to_the_engine_that_a_reload_brings_while_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        first, second = (
+            Model(name="m", upstreams=(Upstreamed(name=name, url=f"http://127.0.0.1:{port}"),))
+            for name, port in (("a", 1), ("b", 2))
+        )
+        pool, limits = Pool(first, Limits()), Limits()
+        pool.configure(first, limits)
+
+        async def connect(self: Origin, timeout_s: float) -> str:
+            if pool.model is first:
+                pool.configure(second, limits)
+                raise UnreachableError(TimeoutError(), timeout_s)
+            return "connected"
+
+        monkeypatch.setattr(Origin, "connect", connect)
+        request = SimpleNamespace(engine=None, affinity=None, priority=0, policy=None)
+        assert await reach(request, pool, 1) == "connected"  # type: ignore[arg-type, comparison-overlap]
+        assert request.engine.name == "b"
+
+    asyncio.run(test())
 
 
 def test_what_needs_a_restart_is_named(caplog: pytest.LogCaptureFixture) -> None:
