@@ -236,7 +236,7 @@ def create_admin_app(find: Callable[[], Services], admin: Admin) -> FastAPI:
 
     async def pass_on(request: Request) -> Response:
         group = find_group(request.query_params.get("model"))
-        params = {name: value for name, value in request.query_params.items() if name != "model"}
+        params = [(name, value) for name, value in request.query_params.multi_items() if name != "model"]
         body = await _read_json(request)
         answers = await group.call(request.url.path, group.pool.engines, body, params, request.method)
         return JSONResponse({engine.name: answer for engine, answer in answers.items()})

@@ -14,6 +14,8 @@ from laguna_serve.serving.kit.results import JsonObject
 
 Version = Annotated[str, StringConstraints(pattern=VERSION)]
 PauseMode = Literal["keep", "wait", "abort"]
+# A query; pairs where a name may come several times.
+Params = Mapping[str, str] | Sequence[tuple[str, str]]
 # What an update brings: the model's weights, its drafter's, a name for the former. Named as the fields of `Update`.
 Part = Literal["update", "draft_update", "weight_version"]
 PARTS: Sequence[Part] = ("update", "draft_update", "weight_version")

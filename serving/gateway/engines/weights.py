@@ -19,6 +19,7 @@ from laguna_serve.serving.gateway.engines import digests
 from laguna_serve.serving.gateway.engines.engine import LEFT_PAUSED, Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.update import (
+    Params,
     Part,
     PauseMode,
     RefusedError,
@@ -150,7 +151,7 @@ class WeightGroup:
         path: str,
         engines: Sequence[Engine],
         body: Mapping[str, object] | None = None,
-        params: Mapping[str, str] | None = None,
+        params: Params | None = None,
         method: str = "POST",
     ) -> dict[Engine, Any]:
         """Ask several engines the same at once; their answers. Raises StepError when one has none."""
@@ -289,7 +290,7 @@ class WeightGroup:
         engine: Engine,
         path: str,
         body: Mapping[str, object] | None,
-        params: Mapping[str, str] | None,
+        params: Params | None,
     ) -> Any:
         """Return the answer, or the OSError that stands for it."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)

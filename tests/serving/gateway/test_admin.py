@@ -394,6 +394,16 @@ def test_routes_that_steer_go_to_all_and_are_not_on_the_public_port() -> None:
         assert front.relay.pools["m"].paused is False
 
 
+def test_parameters_of_one_name_all_reach_the_engines() -> None:
+    async def wake(exchange: Exchange) -> None:
+        await exchange.answer(b"{}")
+
+    with RlEngine() as one, gateway(one) as front:
+        one.handlers["/wake_up"] = wake
+        assert front.ask_admin("/wake_up?tags=weights&model=m&tags=kv_cache", {}).status == 200
+        assert one.seen[-1].line == "POST /wake_up?tags=weights&tags=kv_cache HTTP/1.1"
+
+
 def test_update_that_is_under_way_is_finished_before_the_end() -> None:
     reached, go_on = threading.Event(), threading.Event()
 
