@@ -1,6 +1,7 @@
 """The names that models go by: those of the configuration, and what engines list under /v1/models.
 
-Those of engines (LoRA adapters, further served names) are asked when a name is looked up that is not known.
+Those of engines (LoRA adapters, further served names) are asked when a name is looked up that is not known. What an
+engine listed holds until it answers otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import msgspec
 
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
+from laguna_serve.serving.gateway.wire import errors
+from laguna_serve.serving.gateway.wire.errors import GatewayError
 from laguna_serve.serving.kit.results import JsonObject
 
 MODELS = "/v1/models"
@@ -33,8 +36,10 @@ class Catalog:
         self._session, self._clock = session, clock
         self._pools: Mapping[str, Pool] = {}
         self._configured: dict[str, Pool] = {}
+        self._said: dict[Engine, dict[str, Card]] = {}  # what each engine listed when it last answered
         self._listed: dict[str, dict[str, Card]] = {}
         self._nameless: set[str] = set()
+        self._silent: set[str] = set()  # models of which an engine did not answer
         self._asked_s = -GOOD_FOR_S
         self._asking: asyncio.Task[None] | None = None
         self._created = int(time.time())
@@ -65,10 +70,19 @@ class Catalog:
 
     async def search(self, name: str) -> Pool | None:
         """Search for the model of a name; engines are asked for one that is not known."""
-        if (pool := self.find(name)) is None:
+        for _ in range(2):  # again where a reload has come meanwhile, else nobody is asked twice
+            if (pool := self.find(name)) is not None:
+                return pool
             await self._ask_engines()
-            pool = self.find(name)
-        return pool
+        return self.find(name)
+
+    def explain_unknown(self, name: str) -> GatewayError:
+        """Say that nobody knows a name, or that an engine which may know it has not answered."""
+        if not self._silent:
+            return errors.unknown_model(name)
+        message = "An engine has not answered which models it has, this one perhaps. Please try again later."
+        code = "service_unavailable"
+        return GatewayError(503, "server_error", message, errors.RETRY_AFTER_S, code=code, reason="no_names")
 
     async def render_list(self, is_shown: Callable[[Pool, str], bool]) -> bytes:
         """All names that are shown, as OpenAI's API lists them: what engines tell of each, else what is known here."""
@@ -87,7 +101,7 @@ class Catalog:
     async def render_model(self, name: str) -> bytes | None:
         """One of them, None for a name that nobody knows."""
         await self._ask_engines()
-        if (pool := self.find(name)) is None:
+        if (pool := await self.search(name)) is None:
             return None
         return msgspec.json.encode(self._listed.get(pool.model.name, {}).get(name) or self._describe(name))
 
@@ -103,17 +117,20 @@ class Catalog:
 
     async def _ask_all(self) -> None:
         try:
-            pools = dict(self._pools)
+            pools = self._pools
             asked = [(name, engine) for name, pool in pools.items() for engine in pool.engines if engine.up]
             lists = await asyncio.gather(*(self._ask(engine) for _, engine in asked))
-            listed: dict[str, dict[str, Card]] = {}
-            silent = set()
-            for (name, _), cards in zip(asked, lists, strict=True):
-                listed.setdefault(name, {}).update(cards or {})
-                silent |= {name} if cards is None else set()
-            if pools == self._pools:
-                self._listed, self._asked_s = listed, self._clock()
-                self._nameless = {name for name, cards in listed.items() if not cards and name not in silent}
+            if pools is not self._pools:  # a reload has come
+                return
+            said = {engine: cards for (_, engine), cards in zip(asked, lists, strict=True) if cards is not None}
+            former, self._said, self._listed = self._said, {}, {}
+            for name, pool in pools.items():
+                for engine in pool.engines:
+                    self._said[engine] = said.get(engine, former.get(engine, {}))
+                    self._listed.setdefault(name, {}).update(self._said[engine])
+            self._silent = {name for name, engine in asked if engine not in said}
+            self._nameless = {name for name, _ in asked if not self._listed.get(name)} - self._silent
+            self._asked_s = self._clock()
         finally:
             self._asking = None
 

@@ -217,7 +217,7 @@ class Relay:
         if (pool := await self.catalog.search(name)) is None:
             pool = alone if alone is not None and not self.catalog.is_nameless(alone) else None
         if pool is None:
-            raise errors.unknown_model(name)
+            raise self.catalog.explain_unknown(name)
         return pool
 
     def _dispatch(self, exchange: Exchange, body: bytes, pool: Pool, asked: Asked) -> None:
@@ -289,7 +289,7 @@ class Relay:
 
     async def _render_model(self, name: str, key: Holder | None) -> bytes:
         if (body := await self.catalog.render_model(name)) is None:
-            raise errors.unknown_model(name)
+            raise self.catalog.explain_unknown(name)
         pool = self.catalog.find(name)
         if pool is None or not _is_allowed(key, pool, name):
             raise errors.hidden_model(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from gateway_fakes import NOBODY, Exchange, Gateway, Reply, Upstream, gateway, w
 
 from laguna_serve.serving.gateway.access.asked import UnreadableError, read_asked
 from laguna_serve.serving.gateway.config import ConfigError, parse_config
+from laguna_serve.serving.gateway.engines import catalog
 from laguna_serve.serving.gateway.wire.errors import GatewayError
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
@@ -235,6 +237,57 @@ def test_names_that_engines_list_are_found_and_those_that_none_lists_are_404() -
             }
         assert a.asked - asked <= 10, "not asked for every one"
         assert [card["id"] for card in front.ask(MODELS).json()["data"]] == ["m", "sql-lora", "n", "fr-lora"]
+
+
+def test_name_that_an_engine_listed_holds_while_it_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "ASK_EVERY_S", 0.0)
+
+    async def list_adapter(exchange: Exchange) -> None:
+        await exchange.answer(b'{"data": [{"id": "adapter"}]}')
+
+    async def be_silent(exchange: Exchange) -> None:
+        exchange.abort()
+
+    with Upstream({MODELS: list_adapter}) as one, Upstream() as two:
+        models = [
+            {"name": name, "upstreams": [{"name": name, "url": each.url}]} for name, each in (("a", one), ("b", two))
+        ]
+        with gateway(models=models) as front:
+
+            def ask(name: str) -> int:
+                front.relay.catalog._asked_s -= catalog.GOOD_FOR_S  # as if it were long ago
+                return front.ask(COMPLETIONS, json.dumps({"model": name}).encode()).status
+
+            assert (ask("adapter"), ask("other")) == (200, 404)
+            one.handlers[MODELS] = be_silent
+            assert (ask("adapter"), ask("other")) == (200, 503)
+            assert front.ask(f"{MODELS}/adapter").status == 200
+            one.handlers[MODELS] = list_adapter
+            assert (ask("adapter"), ask("other")) == (200, 404)
+
+
+def test_name_that_is_looked_up_while_a_reload_comes_is_found() -> None:
+    with Upstream() as one, Upstream() as two:
+        models = [
+            {"name": name, "upstreams": [{"name": name, "url": each.url}]} for name, each in (("a", one), ("b", two))
+        ]
+        with gateway(models=models) as front:
+            more = [{"name": "c", "upstreams": [{"name": "c", "url": two.url}]}]
+            config = parse_config({"models": models + more, "server": {"port": front.port}}, "test")
+
+            async def configure() -> None:
+                front.relay.configure(config)
+
+            async def reload_first(exchange: Exchange) -> None:
+                one.handlers[MODELS] = list_adapter
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(configure(), front.loop))
+                await list_adapter(exchange)
+
+            async def list_adapter(exchange: Exchange) -> None:
+                await exchange.answer(b'{"data": [{"id": "adapter"}]}')
+
+            one.handlers[MODELS] = reload_first
+            assert front.ask(COMPLETIONS, b'{"model": "adapter"}').status == 200
 
 
 def test_lists_that_are_none_are_passed_over() -> None:
