@@ -23,6 +23,7 @@ from fastapi import APIRouter, Body, FastAPI, HTTPException, Response
 
 from laguna_serve.serving.gateway.clients.asgi import Receive, RelayApp, Scope, Send
 from laguna_serve.serving.gateway.config.endpoint import TOKEN
+from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.transfer import Transfer, name_next
 from laguna_serve.serving.gateway.engines.update import PauseMode, RefusedError, StepError, UpdateRequest, Version
 from laguna_serve.serving.gateway.engines.weights import RESET, WeightGroup
@@ -60,10 +61,15 @@ def add_trl(app: FastAPI, model: str, find: Callable[[], Services], alone: Alone
             except StepError as error:
                 raise HTTPException(409, str(error) + (NO_ROUTES if "HTTP 404" in str(error) else "")) from None
 
+    def find_pool() -> Pool:
+        if (pool := find().relay.pools.get(model)) is None:
+            raise HTTPException(404, f"The model {model!r} of admin.trl does not exist: a reload has taken it out.")
+        return pool
+
     @router.get("/health")
     async def health() -> Response:
         """200 once an engine is up: TRL waits for it."""
-        return Response(status_code=200 if find().relay.pools[model].is_ready(time.monotonic()) else 503)
+        return Response(status_code=200 if find_pool().is_ready(time.monotonic()) else 503)
 
     @router.get("/server_info")
     async def server_info() -> JsonObject:
@@ -139,8 +145,8 @@ def add_trl(app: FastAPI, model: str, find: Callable[[], Services], alone: Alone
     @router.get("/v1/models")
     async def models() -> Response:
         """List the model by its name, and what else its engines call it: TRL takes the first."""
-        catalog, pools = find().relay.catalog, find().relay.pools
-        body = await catalog.render_list(lambda pool, _: pool is pools[model])
+        shown = find_pool()
+        body = await find().relay.catalog.render_list(lambda pool, _: pool is shown)
         return Response(body, media_type="application/json")
 
     app.include_router(router)

@@ -6,6 +6,7 @@ with them is found by `--check`, at the start and at a reload alike.
 
 from __future__ import annotations
 
+import os
 import ssl
 import types
 from collections import Counter
@@ -222,6 +223,9 @@ class Config(ConfigTable):
         for key in self.all_keys:
             if (other := by_digest.setdefault(key.sha256, key.name)) != key.name:
                 raise ValueError(f"expected distinct sha256 of keys, got one for both {other!r} and {key.name!r}")
+        files = (self.traces.file, self.access.usage_file)
+        if files[0] is not None and files[1] is not None and os.path.realpath(files[0]) == os.path.realpath(files[1]):
+            raise ValueError(f"expected distinct files as traces.file and access.usage_file, got {files[0]!r} for both")
         hosts = (self.server.host, self.admin.host)
         if self.server.port == self.admin.port != 0 and (hosts[0] == hosts[1] or set(hosts) & set(ANY_ADDRESS)):
             raise ValueError(f"expected distinct ports of server and admin, got {self.admin.port} for both")

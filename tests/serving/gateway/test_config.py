@@ -74,6 +74,11 @@ def test_good_file(tmp_path: Path) -> None:
             '[access]\nusage_file = "a\\u0000"\n[limits]',
             "access.usage_file: expected a file's name, without",
         ),
+        (
+            "[limits]",
+            '[traces]\nfile = "./same.db"\n[access]\nusage_file = "same.db"\n[limits]',
+            "expected distinct files as traces.file and access.usage_file, got './same.db' for both",
+        ),
         ('name = "laguna/xs.2"', "", "models.0.name: expected a value, got none"),
         ('"prefix"', '"luck"', "models.0.affinity: expected 'none', 'session' or 'prefix', got 'luck'"),
         ('name = "b"', 'name = "a"', "expected distinct names of upstreams, got 'a' twice"),

@@ -14,6 +14,7 @@ from gateway_fakes import Exchange, Gateway, Reply, gateway, wait_until
 from trl_engine import INIT, START, UPDATE, TrlEngine
 
 from laguna_serve.serving.gateway.config import ConfigError, parse_config
+from laguna_serve.serving.gateway.config.fixed import keep_fixed
 
 BODY = b'{"model": "m", "prompt": "x"}'
 SWITCH = {"trl": "m"}
@@ -256,6 +257,17 @@ def test_it_is_off_by_default_and_never_on_the_public_port() -> None:
             for path in ("/trl/health", f"/trl{PATH}", f"/trl{START}", START, "/get_world_size", "/server_info"):
                 assert front.ask(path, BODY).status == 404
         assert one.calls == []
+
+
+def test_model_that_a_reload_takes_out_is_404() -> None:
+    with TrlEngine() as one, gateway(one, admin=SWITCH) as front:
+        models = [{"name": "n", "upstreams": [{"name": "a", "url": one.url}]}]
+        config = keep_fixed(front.relay.config, parse_config({"models": models}, "test"))
+        front.loop.call_soon_threadsafe(front.relay.configure, config)
+        wait_until(lambda: "n" in front.relay.pools)
+        for path in ("/health", "/v1/models", "/get_world_size"):
+            reply = front.ask_admin(f"/trl{path}")
+            assert (reply.status, "The model 'm'" in reply.json()["error"]["message"]) == (404, True)
 
 
 def test_name_of_no_model_is_refused() -> None:
