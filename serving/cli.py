@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from laguna_serve.serving.commands import checkpoint_tools, doctor, gateway, keys, serve, traces
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, INTERRUPTED, Parser, choose_command, end_unread
+from laguna_serve.serving.kit.cli import Parser, choose_command, run_command
 from laguna_serve.serving.kit.environment import read_versions
-from laguna_serve.serving.kit.errors import CommandError
 
 EPILOG = """examples:
   laguna doctor                                              (is everything in place? if not, what to do)
@@ -53,18 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action=ShowVersions, nargs=0, help="print the versions installed here, and exit")
     chosen, rest = choose_command(parser, {name: text for name, (_, text) in COMMANDS.items()}, argv)
     command, _ = COMMANDS[chosen]
-    try:
-        status = command(rest)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        return end_unread()
-    except CommandError as error:
-        print(f"laguna: error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("laguna: interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return COULD_NOT_RUN
+    return run_command("laguna", lambda: command(rest))
 
 
 if __name__ == "__main__":

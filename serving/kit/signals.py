@@ -11,14 +11,17 @@ _received: list[int] = []
 _holds = 0
 
 
-def interrupt_on_signals() -> None:
-    """Make Ctrl-C and SIGTERM alike raise KeyboardInterrupt in the main thread.
+def interrupt_on_signals(*, hangup: bool = False) -> None:
+    """Make Ctrl-C and SIGTERM alike raise KeyboardInterrupt in the main thread; with `hangup` SIGHUP, too.
 
     A shell starts background jobs with SIGINT ignored, and a program inherits that: it is undone here, as SIGTERM is
-    passed on as SIGINT, the signal for which asyncio.run cancels its main task in good order.
+    passed on as SIGINT, the signal for which asyncio.run cancels its main task in good order. SIGHUP stays ignored
+    under nohup.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    if hangup and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 import msgspec
@@ -15,6 +14,7 @@ import msgspec
 from laguna_serve.serving.engine import Engine, EngineError
 from laguna_serve.serving.engine.keeper import Death, Keeper, RestartPolicy
 from laguna_serve.serving.kit.progress import say
+from laguna_serve.serving.kit.signals import interrupt_on_signals
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.service.front import Front, FrontSettings, open_front
 from laguna_serve.serving.speculation.acceptance import AcceptanceReport, AcceptanceWatch
@@ -62,7 +62,7 @@ def serve(
     Raises:
         EngineError: the engine or the gateway could not be started, or was interrupted before it answered.
     """
-    _handle_signals()
+    interrupt_on_signals(hangup=True)
     early: list[int] = []
     if settings is not None and settings.file is not None:  # which the gateway reads when the engine is there
         signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))
@@ -151,17 +151,3 @@ def _wait_for_death(engine: Engine, watch: AcceptanceWatch) -> None:
             engine.check()
         watch.look()
         time.sleep(WATCH_S)
-
-
-def _handle_signals() -> None:
-    """Every polite way of ending us becomes a KeyboardInterrupt.
-
-    SIGINT too, as a shell script starts its background jobs with it ignored; SIGHUP not under nohup.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

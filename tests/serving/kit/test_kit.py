@@ -403,6 +403,14 @@ def test_reader_that_leaves_is_no_error(command: list[str]) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
+def test_stdout_on_a_full_disk_is_one_line() -> None:
+    command = [sys.executable, "-m", "laguna_serve.serving.cli", "gateway", "--example"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (COULD_NOT_RUN, f"laguna: error: output: {FULL}\n")
+
+
 @pytest.mark.parametrize("abstract", [False, True])
 def test_service_manager_that_waits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
     name = f"{'@' if abstract else ''}{tmp_path}/notify"

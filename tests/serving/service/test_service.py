@@ -216,7 +216,7 @@ def test_interrupt_while_it_is_away(
 def run_inside(monkeypatch: pytest.MonkeyPatch, arguments: list[str], act: Callable[[str], Any]) -> tuple[int, Any]:
     """The command in this process, without waits between starts; `act` gets its URL in a thread."""
     monkeypatch.setattr(service, "RestartPolicy", lambda: RestartPolicy(first_s=0.0))
-    monkeypatch.setattr(service, "_handle_signals", lambda: None)
+    monkeypatch.setattr(service, "interrupt_on_signals", lambda *, hangup: None)
     port = find_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     done: Future[Any] = Future()
