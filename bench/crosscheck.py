@@ -9,7 +9,6 @@ fraction of a millisecond that a client needs between two requests.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -19,9 +18,9 @@ from laguna_serve.bench.harness.prompts import load_texts, split_prompts
 from laguna_serve.bench.rate_check.clients import CrosscheckConfig, measure_both
 from laguna_serve.bench.rate_check.result import CLIENT, VLLM, CrosscheckResult, render_text
 from laguna_serve.serving.checkpoint import find_folder
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
-from laguna_serve.serving.kit.flags import read_flags
-from laguna_serve.serving.kit.results import to_json, write_indented
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
+from laguna_serve.serving.kit.command import Command
+from laguna_serve.serving.kit.results import write_indented
 from laguna_serve.serving.kit.run_dir import check_out_file
 
 __all__ = ["CrosscheckConfig", "CrosscheckResult", "crosscheck", "main"]
@@ -39,15 +38,8 @@ Exit status: 0 within 5%, 1 outside, 2 could not run, 130 interrupted.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 within the mark, 1 outside it, 2 if it could not run, 130 if interrupted."""
-    config = read_flags(CrosscheckConfig, argv, prog="bench/crosscheck.py", description=DESCRIPTION, epilog=EXAMPLES)
-
-    def run() -> int:
-        result = crosscheck(config)
-        print(render_text(result))
-        print(json.dumps(to_json(result)))
-        return HELD if result.held else FELL_SHORT
-
-    return run_command("crosscheck.py", run, measures=True)
+    command = Command("bench/crosscheck.py", CrosscheckConfig, DESCRIPTION, EXAMPLES, measures=True)
+    return command.run(argv, crosscheck, show=render_text, judge=lambda result: HELD if result.held else FELL_SHORT)
 
 
 def crosscheck(config: CrosscheckConfig) -> CrosscheckResult:

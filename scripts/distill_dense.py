@@ -13,15 +13,19 @@ layers and stage 2's rows among processes.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 
 from laguna_serve.scripts.training.dense.config import DistillConfig
-from laguna_serve.scripts.training.dense.report.result import DistillResult, write_manifest, write_report
+from laguna_serve.scripts.training.dense.report.result import (
+    DistillResult,
+    format_measured,
+    write_manifest,
+    write_report,
+)
 from laguna_serve.serving.checkpoint import require_folder
-from laguna_serve.serving.kit.cli import HELD, run_command
-from laguna_serve.serving.kit.flags import read_flags
+from laguna_serve.serving.kit.cli import HELD, print_result, run_command
+from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.results import to_json
 
 __all__ = ["DistillConfig", "DistillResult", "main"]
@@ -48,19 +52,20 @@ exit status: 0 done, 2 it could not run, 130 interrupted
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    config = read_flags(DistillConfig, argv, prog="scripts/distill_dense.py", description=__doc__, epilog=EXAMPLES)
+    config, always_json = read_flags_and_json(
+        DistillConfig, argv, prog="scripts/distill_dense.py", description=__doc__, epilog=EXAMPLES
+    )
     interrupted = "the same command continues from the last saved step"
-    return run_command("distill_dense.py", lambda: run(config), interrupted=interrupted)
+    return run_command("distill_dense.py", lambda: run(config, always_json), interrupted=interrupted)
 
 
-def run(config: DistillConfig) -> int:
+def run(config: DistillConfig, always_json: bool) -> int:
     """Distil, write the report and print the result without its logs. Returns the exit status."""
     if config.dry_run:
         from laguna_serve.scripts.training.dense.plan.page import format_plan, plan_memory
 
         plan = plan_memory(config, require_folder(config.teacher, config_alone=True))
-        print(format_plan(plan))
-        print(json.dumps(to_json(plan)))
+        print_result(format_plan(plan), to_json(plan), None, always_json=always_json)
         return HELD
     from laguna_serve.scripts.training.card import write_card
     from laguna_serve.scripts.training.dense.report.card import describe_student
@@ -73,7 +78,8 @@ def run(config: DistillConfig) -> int:
         write_report(result, config.report or config.out)
         write_manifest(result, config.out)
         write_card(describe_student(result, config.out), config.out)
-        print(json.dumps({key: value for key, value in to_json(result).items() if key != "logs"}))
+        line = {key: value for key, value in to_json(result).items() if key != "logs"}
+        print_result(format_measured(result), line, config.out, always_json=always_json)
     return HELD
 
 

@@ -19,14 +19,13 @@ The last stdout line is one JSON object (schema laguna_serve.grpo/1).
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 
 from laguna_serve.scripts.training.rl.config import GrpoConfig
 from laguna_serve.scripts.training.rl.run import RESULT, GrpoResult, find_finished, train_policy
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, run_command
-from laguna_serve.serving.kit.flags import read_flags
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result, run_command
+from laguna_serve.serving.kit.flags import read_flags_and_json
 from laguna_serve.serving.kit.results import to_json, write_result
 
 __all__ = ["GrpoConfig", "GrpoResult", "main", "train_policy"]
@@ -48,13 +47,15 @@ exit status: 0 the held-out reward rose, 1 it did not, 2 it could not run, 130 i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    config = read_flags(GrpoConfig, argv, prog="scripts/grpo.py", description=__doc__, epilog=EXAMPLES)
+    config, always_json = read_flags_and_json(
+        GrpoConfig, argv, prog="scripts/grpo.py", description=__doc__, epilog=EXAMPLES
+    )
     return run_command(
-        "grpo.py", lambda: run(config), interrupted="the same command continues from the last saved step"
+        "grpo.py", lambda: run(config, always_json), interrupted="the same command continues from the last saved step"
     )
 
 
-def run(config: GrpoConfig) -> int:
+def run(config: GrpoConfig, always_json: bool) -> int:
     """Train, write the result and print it; what is finished is printed again. Returns the exit status."""
     result = find_finished(config)
     if result is None:
@@ -64,8 +65,9 @@ def run(config: GrpoConfig) -> int:
 
         draw_runs([config.out], config.out / "reward.png")
     first, last = result.held_out_reward.first, result.held_out_reward.last
-    print(f"held-out reward {first:.3f} → {last:.3f} over {config.steps} steps")
-    print(json.dumps({key: value for key, value in to_json(result).items() if key != "log"}))
+    text = f"held-out reward {first:.3f} → {last:.3f} over {config.steps} steps"
+    line = {key: value for key, value in to_json(result).items() if key != "log"}
+    print_result(text, line, config.out, always_json=always_json)
     return HELD if last > first else FELL_SHORT
 
 

@@ -25,10 +25,10 @@ from laguna_serve.scripts.text.corpus import Module
 from laguna_serve.scripts.training.drafter.command import train_drafter
 from laguna_serve.scripts.training.drafter.config import DrafterTrainConfig
 from laguna_serve.scripts.training.minutes import MINUTES, count_minutes
-from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.cli import HELD, print_result, run_command
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.files import hash_file, write_text
-from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag, read_flags
+from laguna_serve.serving.kit.flags import MOST_SEED, BoundedConfig, Flag, read_flags_and_json
 from laguna_serve.serving.kit.results import JsonObject, to_json, write_indented
 from laguna_serve.serving.kit.run_dir import check_out, require_removable
 
@@ -105,19 +105,22 @@ class ToyManifest(msgspec.Struct, frozen=True, kw_only=True):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    config = read_flags(ToyConfig, argv, prog="scripts/make_toy.py", description=__doc__, epilog=EXAMPLES)
+    config, always_json = read_flags_and_json(
+        ToyConfig, argv, prog="scripts/make_toy.py", description=__doc__, epilog=EXAMPLES
+    )
     interrupted = "the same command continues from the last saved step"
-    return run_command("make_toy.py", lambda: run(config), interrupted=interrupted)
+    return run_command("make_toy.py", lambda: run(config, always_json), interrupted=interrupted)
 
 
-def run(config: ToyConfig) -> int:
+def run(config: ToyConfig, always_json: bool) -> int:
     """One stage, or the family, printed. Returns the exit status."""
     if config.stage is not None:
         run_stage(config.stage, config.recipe, config.work_folder, config.out)
         return HELD
     manifest = make_toy(config)
     size_mib = sum(p.stat().st_size for p in config.out.rglob("*") if p.is_file()) / 2**20
-    print(json.dumps({"out": str(config.out), "size_mib": round(size_mib, 2), "stages": to_json(manifest)["stages"]}))
+    line = {"out": str(config.out), "size_mib": round(size_mib, 2), "stages": to_json(manifest)["stages"]}
+    print_result(f"{len(manifest.stages)} stages, {size_mib:.1f} MiB", line, config.out, always_json=always_json)
     return HELD
 
 

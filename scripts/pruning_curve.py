@@ -6,7 +6,6 @@ atoms are zeroed in place in transformers' Laguna, in fp32.  Writes curve.json, 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,10 +19,10 @@ from laguna_serve.scripts.training.pruning.artefacts import RATIOS
 from laguna_serve.scripts.training.pruning.curve import CurveModel, CurvePoint, CurveResult, CurveText, format_table
 from laguna_serve.scripts.training.pruning.teacher import load_model
 from laguna_serve.serving.checkpoint import read_config, require_folder
-from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.cli import HELD, print_result, run_command
 from laguna_serve.serving.kit.environment import current_argv, read_environment
 from laguna_serve.serving.kit.files import hash_file, write_text
-from laguna_serve.serving.kit.flags import MOST_TEXT, BoundedConfig, Flag, read_flags
+from laguna_serve.serving.kit.flags import MOST_TEXT, BoundedConfig, Flag, read_flags_and_json
 from laguna_serve.serving.kit.results import to_json, write_indented
 from laguna_serve.serving.kit.run_dir import check_out
 
@@ -57,11 +56,13 @@ class CurveConfig(BoundedConfig):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    config = read_flags(CurveConfig, argv, prog="scripts/pruning_curve.py", description=__doc__, epilog=EXAMPLES)
-    return run_command("pruning_curve.py", lambda: run(config), others=(PruningError,))
+    config, always_json = read_flags_and_json(
+        CurveConfig, argv, prog="scripts/pruning_curve.py", description=__doc__, epilog=EXAMPLES
+    )
+    return run_command("pruning_curve.py", lambda: run(config, always_json), others=(PruningError,))
 
 
-def run(config: CurveConfig) -> int:
+def run(config: CurveConfig, always_json: bool) -> int:
     """Measure, write the files and print the result. Returns the exit status."""
     from laguna_serve.scripts.training.pruning.plot import draw_curve
 
@@ -70,8 +71,7 @@ def run(config: CurveConfig) -> int:
     write_indented(config.out / "curve.json", result)
     write_text(config.out / "curve.md", format_table(result))
     draw_curve(result, config.out / "curve.png")
-    print(format_table(result))
-    print(json.dumps(to_json(result)))
+    print_result(format_table(result), to_json(result), config.out, always_json=always_json)
     return HELD
 
 

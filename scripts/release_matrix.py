@@ -8,7 +8,6 @@ started, and nothing of this machine enters but the version of the code.  Memory
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from typing import Annotated
 
 from msgspec import Struct, field
 
-from laguna_serve.serving.kit.cli import HELD, run_command
+from laguna_serve.serving.kit.cli import HELD, print_result, run_command
 from laguna_serve.serving.kit.files import write_text
-from laguna_serve.serving.kit.flags import Flag, read_flags
+from laguna_serve.serving.kit.flags import Flag, read_flags_and_json
 from laguna_serve.serving.kit.results import write_indented
 from laguna_serve.serving.kit.run_dir import make_out
 from laguna_serve.serving.kit.tables import Table
@@ -83,12 +82,15 @@ class ReleaseMatrix(Struct, frozen=True, kw_only=True, tag_field="schema", tag="
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    config = read_flags(ReleaseMatrixConfig, argv, prog="scripts/release_matrix.py", description=__doc__)
+    config, always_json = read_flags_and_json(
+        ReleaseMatrixConfig, argv, prog="scripts/release_matrix.py", description=__doc__
+    )
 
     def run() -> int:
         matrix = write_matrix(config)
         served = sum(cell.served for cell in matrix.cells)
-        print(json.dumps({"cells": len(matrix.cells), "served": served, "out": str(config.out)}))
+        line = {"cells": len(matrix.cells), "served": served, "out": str(config.out)}
+        print_result(f"{served} of {len(matrix.cells)} cells are served", line, config.out, always_json=always_json)
         return HELD
 
     return run_command("release_matrix.py", run)

@@ -24,7 +24,6 @@ largest layer is in memory, and one row of text, whatever the model's size; each
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -45,9 +44,17 @@ from laguna_serve.scripts.training.pruning.artefacts import (
 from laguna_serve.scripts.training.pruning.plan import ScoringPlan
 from laguna_serve.scripts.training.pruning.summary import summarise, write_summary
 from laguna_serve.serving.checkpoint import read_config, require_folder
-from laguna_serve.serving.kit.cli import CONTINUES, HELD, run_command
+from laguna_serve.serving.kit.cli import CONTINUES, HELD, print_result, run_command
 from laguna_serve.serving.kit.files import hash_file
-from laguna_serve.serving.kit.flags import MOST_SEED, MOST_TEXT, MOST_THREADS, Flag, FlagError, check_bounds, read_flags
+from laguna_serve.serving.kit.flags import (
+    MOST_SEED,
+    MOST_TEXT,
+    MOST_THREADS,
+    Flag,
+    FlagError,
+    check_bounds,
+    read_flags_and_json,
+)
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.run_dir import RunDirError, check_out, hold_folders
 
@@ -120,16 +127,18 @@ class ScoreConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    config = read_flags(ScoreConfig, argv, prog="scripts/score_experts.py", description=__doc__, epilog=EXAMPLES)
+    config, always_json = read_flags_and_json(
+        ScoreConfig, argv, prog="scripts/score_experts.py", description=__doc__, epilog=EXAMPLES
+    )
 
     def body() -> int:
         if config.dry_run:
             plan = plan_scoring(config)
-            say(plan.describe())
-            print(json.dumps(to_json(plan)))
+            print_result(plan.describe(), to_json(plan), None, always_json=always_json)
             return HELD
         manifest = score_experts(config)
-        print(json.dumps({"out": str(config.out), **to_json(manifest)}))
+        line = {"out": str(config.out), **to_json(manifest)}
+        print_result(f"groups of {manifest.block_size} atoms", line, config.out, always_json=always_json)
         return HELD
 
     return run_command("score_experts.py", body, others=(PruningError,), interrupted=CONTINUES)

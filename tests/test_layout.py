@@ -56,6 +56,11 @@ HOMES = {
     r"^class Journal\(": "serving/kit/journal.py",
     r"^class Table\b": "serving/kit/tables.py",
 }
+# Child processes, whose lines their parents read; and a log of the gateway's.
+PRINT_JSON = {
+    *("plugins/probes/arithmetic.py", "scripts/clients/sdks.py", "serving/machine/rates.py"),
+    *("serving/gateway/relay/shadow.py", "serving/kit/cli.py"),
+}
 MOST_FILES = 12
 # Rooms from the ground up: one may use those before it.
 ROOMS = {
@@ -239,6 +244,17 @@ def test_what_all_share_exists_once(pattern: str) -> None:
         if re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert found == {HOMES[pattern]}
+
+
+def test_results_are_printed_by_the_kit() -> None:
+    """So that all commands agree on when the line for programs is there, and on what `--json` means."""
+    printing = {
+        path.relative_to(ROOT).as_posix()
+        for folder in FOLDERS
+        for path in sources(folder)
+        if "print(json.dumps(" in path.read_text(encoding="utf-8")
+    }
+    assert printing == PRINT_JSON
 
 
 def test_folders_are_not_crowded() -> None:

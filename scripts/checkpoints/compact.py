@@ -40,9 +40,10 @@ from laguna_serve.scripts.checkpoints.compaction.writing import write_checkpoint
 from laguna_serve.scripts.checkpoints.headers import INDEX, count_stored
 from laguna_serve.scripts.checkpoints.options import CompactConfig, read_compact
 from laguna_serve.scripts.checkpoints.output import open_output
-from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
+from laguna_serve.scripts.checkpoints.tool import run_tool
 from laguna_serve.serving.checkpoint import CheckpointError, Target, read_config, read_target, require_folder
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result
+from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.signals import check_signals
 
 __all__ = ["CompactConfig", "CompactResult", "compact", "compare_shares", "execute", "main"]
@@ -50,24 +51,24 @@ __all__ = ["CompactConfig", "CompactResult", "compact", "compare_shares", "execu
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    return execute(read_compact(argv))
+    return execute(*read_compact(argv))
 
 
-def execute(config: CompactConfig) -> int:
+def execute(config: CompactConfig, always_json: bool) -> int:
     """Compact; return the exit status."""
-    return run_tool(lambda: run(config), "the same command continues from the last finished file")
+    return run_tool(lambda: run(config, always_json), "the same command continues from the last finished file")
 
 
-def run(config: CompactConfig) -> int:
+def run(config: CompactConfig, always_json: bool) -> int:
     """Compact and print it. Returns the exit status."""
     if config.shares:
         shares = compare_shares(config)
-        print_outcome(format_shares(shares), shares)
+        print_result(format_shares(shares), to_json(shares), None, always_json=always_json)
         return HELD
     result = compact(config)
     if isinstance(result.verify, Verification) and result.verify.difference is not None:
         print(f"laguna: verify: {result.verify.difference}", file=sys.stderr)
-    print_outcome(format_result(result), result)
+    print_result(format_result(result), to_json(result), None, always_json=always_json)
     return HELD if result.held else FELL_SHORT
 
 

@@ -18,11 +18,12 @@ from laguna_serve.scripts.checkpoints.drafters.speculators import choose_vocabul
 from laguna_serve.scripts.checkpoints.headers import open_file, read_headers, read_tensors
 from laguna_serve.scripts.checkpoints.options import ConvertConfig, read_convert
 from laguna_serve.scripts.checkpoints.output import check_space, copy_others, is_free, save_checkpoint
-from laguna_serve.scripts.checkpoints.tool import print_outcome, run_tool
+from laguna_serve.scripts.checkpoints.tool import run_tool
 from laguna_serve.scripts.text.rows import read_documents
 from laguna_serve.serving.checkpoint import CheckpointError, read_config, read_target, require_folder
 from laguna_serve.serving.checkpoint.drafter import ORIGINAL, SPECULATORS, Drafter
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result
+from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.speculation.drafting import check_fit, open_drafter
 
 HEADS, EMBEDDING = ("lm_head.weight", "model.embed_tokens.weight"), "model.embed_tokens.weight"
@@ -50,18 +51,18 @@ class ConvertResult(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    return execute(read_convert(argv))
+    return execute(*read_convert(argv))
 
 
-def execute(config: ConvertConfig) -> int:
+def execute(config: ConvertConfig, always_json: bool) -> int:
     """Convert; return the exit status."""
-    return run_tool(lambda: run(config), "nothing is left that looks like a drafter")
+    return run_tool(lambda: run(config, always_json), "nothing is left that looks like a drafter")
 
 
-def run(config: ConvertConfig) -> int:
+def run(config: ConvertConfig, always_json: bool) -> int:
     """Convert and print it. Returns the exit status."""
     result = convert(config)
-    print_outcome(format_result(result), result)
+    print_result(format_result(result), to_json(result), None, always_json=always_json)
     if result.lost:
         count = len(result.lost)
         print(f"laguna: {result.drafter}: {count} parts do not carry over; nothing was written", file=sys.stderr)

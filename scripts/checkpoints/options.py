@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from laguna_serve.serving.checkpoint.drafter import LAGUNA
-from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds, read_flags
+from laguna_serve.serving.kit.flags import MOST_SEED, Flag, FlagError, check_bounds, read_flags_and_json
 
 COMPACT = "Make a smaller Laguna: of the routed experts only the blocks that a mask keeps are stored."
 COMPACT_EXAMPLES = """examples:
@@ -184,22 +184,26 @@ class ConvertConfig:
         require_out(self.out, dry_run=self.dry_run)
 
 
-def read_compact(argv: Sequence[str] | None) -> CompactConfig:
-    """Read the command line of `laguna compact`."""
-    return read_flags(CompactConfig, argv, prog="laguna compact", description=COMPACT, epilog=COMPACT_EXAMPLES)
+def read_compact(argv: Sequence[str] | None) -> tuple[CompactConfig, bool]:
+    """Read the command line of `laguna compact`; whether `--json` was given."""
+    return read_flags_and_json(CompactConfig, argv, prog="laguna compact", description=COMPACT, epilog=COMPACT_EXAMPLES)
 
 
-def read_widths(argv: Sequence[str] | None, tool: Literal["unpad", "pad"]) -> WidthsConfig:
-    """Read the command line of `laguna unpad` or `laguna pad`."""
+def read_widths(argv: Sequence[str] | None, tool: Literal["unpad", "pad"]) -> tuple[WidthsConfig, bool]:
+    """Read the command line of `laguna unpad` or `laguna pad`; whether `--json` was given."""
     description, examples = DESCRIPTIONS[tool]
-    return read_flags(WidthsConfig, argv, prog=f"laguna {tool}", description=description, epilog=examples)
+    return read_flags_and_json(WidthsConfig, argv, prog=f"laguna {tool}", description=description, epilog=examples)
 
 
-def read_quantise(argv: Sequence[str] | None) -> QuantiseConfig:
-    """Read the command line of `laguna quantise`."""
-    return read_flags(QuantiseConfig, argv, prog="laguna quantise", description=QUANTISE, epilog=QUANTISE_EXAMPLES)
+def read_quantise(argv: Sequence[str] | None) -> tuple[QuantiseConfig, bool]:
+    """Read the command line of `laguna quantise`; whether `--json` was given."""
+    return read_flags_and_json(
+        QuantiseConfig, argv, prog="laguna quantise", description=QUANTISE, epilog=QUANTISE_EXAMPLES
+    )
 
 
-def read_convert(argv: Sequence[str] | None) -> ConvertConfig:
-    """Read the command line of `laguna drafter convert`."""
-    return read_flags(ConvertConfig, argv, prog="laguna drafter convert", description=CONVERT, epilog=CONVERT_EXAMPLES)
+def read_convert(argv: Sequence[str] | None) -> tuple[ConvertConfig, bool]:
+    """Read the command line of `laguna drafter convert`; whether `--json` was given."""
+    return read_flags_and_json(
+        ConvertConfig, argv, prog="laguna drafter convert", description=CONVERT, epilog=CONVERT_EXAMPLES
+    )

@@ -11,9 +11,10 @@ import msgspec
 from laguna_serve.scripts.checkpoints.mirrored import Status, write_mirrored
 from laguna_serve.scripts.checkpoints.options import QuantiseConfig, read_quantise
 from laguna_serve.scripts.checkpoints.requantised import read_numbers
-from laguna_serve.scripts.checkpoints.tool import format_rows, print_outcome, run_tool
+from laguna_serve.scripts.checkpoints.tool import format_rows, run_tool
 from laguna_serve.serving.checkpoint import require_folder
-from laguna_serve.serving.kit.cli import HELD
+from laguna_serve.serving.kit.cli import HELD, print_result
+from laguna_serve.serving.kit.results import to_json
 
 __all__ = ["QuantiseConfig", "QuantiseResult", "execute", "main", "quantise"]
 
@@ -33,15 +34,15 @@ class QuantiseResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schem
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status."""
-    return execute(read_quantise(argv))
+    return execute(*read_quantise(argv))
 
 
-def execute(config: QuantiseConfig) -> int:
+def execute(config: QuantiseConfig, always_json: bool) -> int:
     """Store the checkpoint in other numbers; return the exit status."""
 
     def run() -> int:
         result = quantise(config)
-        print_outcome(format_result(result), result)
+        print_result(format_result(result), to_json(result), None, always_json=always_json)
         return HELD
 
     return run_tool(run, "the same command continues from the last finished file")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
-
-import msgspec
 
 from laguna_serve.plugins.formats.experts import ExpertFormatError
 from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.serving.kit.cli import run_command
-from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.signals import defer_signals
 
 
@@ -31,9 +27,3 @@ def run_tool(body: Callable[[], int], interrupted: str) -> int:
 def format_rows(rows: Iterable[tuple[str, str]]) -> str:
     """Format named figures, a line for each."""
     return "\n".join(f"{name:<15} {text}" for name, text in rows)
-
-
-def print_outcome(text: str, result: msgspec.Struct) -> None:
-    """For people, then the result as one line of JSON."""
-    print(text)
-    print(json.dumps(to_json(result)))

@@ -18,12 +18,12 @@ from msgspec import UNSET, UnsetType
 from laguna_serve.plugins.padding import PaddingError
 from laguna_serve.scripts.checkpoints.mirrored import Status, write_mirrored
 from laguna_serve.scripts.checkpoints.options import WidthsConfig, read_widths
-from laguna_serve.scripts.checkpoints.tool import format_rows, print_outcome, run_tool
+from laguna_serve.scripts.checkpoints.tool import format_rows, run_tool
 from laguna_serve.scripts.checkpoints.width_checks import compare, count_negative_zeros
 from laguna_serve.scripts.checkpoints.widths import WidthsSource, read_padded, read_unpadded
 from laguna_serve.serving.checkpoint import require_folder
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
-from laguna_serve.serving.kit.results import JsonObject
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result
+from laguna_serve.serving.kit.results import JsonObject, to_json
 
 __all__ = ["PadResult", "UnpadResult", "WidthsConfig", "WidthsResult", "execute", "main", "pad", "unpad"]
 
@@ -63,18 +63,18 @@ class PadResult(WidthsResult, frozen=True, kw_only=True, tag_field="schema", tag
 
 def main(argv: Sequence[str] | None = None, tool: Literal["unpad", "pad"] = "unpad") -> int:
     """Run the command line of either tool; return the exit status."""
-    return execute(read_widths(argv, tool), tool)
+    return execute(*read_widths(argv, tool), tool)
 
 
-def execute(config: WidthsConfig, tool: Literal["unpad", "pad"]) -> int:
+def execute(config: WidthsConfig, always_json: bool, tool: Literal["unpad", "pad"]) -> int:
     """Use either tool; return the exit status."""
-    return run_tool(lambda: run(config, tool), "the same command continues from the last finished file")
+    return run_tool(lambda: run(config, always_json, tool), "the same command continues from the last finished file")
 
 
-def run(config: WidthsConfig, tool: Literal["unpad", "pad"]) -> int:
+def run(config: WidthsConfig, always_json: bool, tool: Literal["unpad", "pad"]) -> int:
     """Either tool, printed. Returns the exit status."""
     result = unpad(config) if tool == "unpad" else pad(config)
-    print_outcome(format_result(result), result)
+    print_result(format_result(result), to_json(result), None, always_json=always_json)
     return FELL_SHORT if result.verified is False else HELD
 
 

@@ -32,8 +32,8 @@ from laguna_serve.scripts.clients.recorder import record
 from laguna_serve.scripts.clients.report import ClientCheck, ClientsResult, render_markdown, render_text
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.run import open_background
-from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
-from laguna_serve.serving.kit.flags import BoundedConfig, Flag, read_flags
+from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result
+from laguna_serve.serving.kit.flags import BoundedConfig, Flag, read_flags_and_json
 from laguna_serve.serving.kit.results import to_json, write_indented
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,15 +79,16 @@ class ClientsConfig(BoundedConfig):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the last line on stdout is a JSON object."""
-    config = read_flags(ClientsConfig, argv, prog="scripts/clients.sh", description=__doc__, epilog=EXAMPLES)
+    config, always_json = read_flags_and_json(
+        ClientsConfig, argv, prog="scripts/clients.sh", description=__doc__, epilog=EXAMPLES
+    )
     result = try_clients(config)
-    print(render_text(result))
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write_indented(config.out.with_suffix(".json"), result)
         config.out.with_suffix(".md").write_text(render_markdown(result), encoding="utf-8")
     line = {key: value for key, value in to_json(result).items() if key != "checks"}
-    print(json.dumps(line | {"of": len(result.checks)}))
+    print_result(render_text(result), line | {"of": len(result.checks)}, None, always_json=always_json)
     return HELD if result.held == len(result.checks) else FELL_SHORT
 
 

@@ -16,10 +16,10 @@ def compact(argv: Sequence[str]) -> int:
     """`laguna compact`. Returns the exit status."""
     from laguna_serve.scripts.checkpoints.options import read_compact
 
-    config = read_compact(argv)
+    given = read_compact(argv)
     from laguna_serve.scripts.checkpoints import compact
 
-    return compact.execute(config)
+    return compact.execute(*given)
 
 
 def unpad(argv: Sequence[str]) -> int:
@@ -36,10 +36,10 @@ def quantise(argv: Sequence[str]) -> int:
     """`laguna quantise`. Returns the exit status."""
     from laguna_serve.scripts.checkpoints.options import read_quantise
 
-    config = read_quantise(argv)
+    given = read_quantise(argv)
     from laguna_serve.scripts.checkpoints import quantise
 
-    return quantise.execute(config)
+    return quantise.execute(*given)
 
 
 def drafter(argv: Sequence[str]) -> int:
@@ -50,10 +50,10 @@ def drafter(argv: Sequence[str]) -> int:
     if tool == "convert":
         from laguna_serve.scripts.checkpoints.options import read_convert
 
-        config = read_convert(rest)
+        given = read_convert(rest)
         from laguna_serve.scripts.checkpoints import drafter
 
-        return drafter.execute(config)
+        return drafter.execute(*given)
     from laguna_serve.scripts.training.drafter import command
 
     return command.main(rest)
@@ -62,7 +62,7 @@ def drafter(argv: Sequence[str]) -> int:
 def _store_widths(argv: Sequence[str], tool: Literal["unpad", "pad"]) -> int:
     from laguna_serve.scripts.checkpoints.options import read_widths
 
-    config = read_widths(argv, tool)
+    given = read_widths(argv, tool)
     from laguna_serve.scripts.checkpoints import unpad
 
-    return unpad.execute(config, tool)
+    return unpad.execute(*given, tool)

@@ -9,7 +9,6 @@ dies.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -52,7 +51,7 @@ DESCRIPTION = (
 )
 EPILOG = """examples:
   laguna doctor            a table (about ten seconds); where stdout is no terminal, then the same as one JSON line
-  laguna doctor --json     the JSON line alone
+  laguna doctor --json     the JSON line on a terminal, too
   laguna doctor poolside/Laguna-XS.2 --draft poolside/Laguna-XS.2-speculator.dflash --gamma 7
   laguna doctor --deployment gateway.toml
   laguna doctor tests/fixtures/releases/Laguna-S-2.1-FP8 --as-device h200 -- --tensor-parallel-size 2
@@ -102,7 +101,7 @@ class DoctorConfig(ModelOptions):
         ),
     ] = None
     as_device: Annotated[str | None, Flag(f"plan for another device: {', '.join(GPUS)}", metavar="NAME")] = None
-    only_json: Annotated[bool, Flag("print the JSON line only", name="--json")] = False
+    always_json: Annotated[bool, Flag("print the JSON line on a terminal, too", name="--json")] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,8 +172,7 @@ def plan_model(config: DoctorConfig) -> EnginePlan | DiffusionPlanResult:
 
 
 def _print(text: str, result: msgspec.Struct, config: DoctorConfig) -> None:
-    line = to_json(result)
-    print(json.dumps(line)) if config.only_json else print_result(text, line, None, always_json=False)
+    print_result(text, to_json(result), None, always_json=config.always_json)
 
 
 def run_probe() -> ProbeReport:

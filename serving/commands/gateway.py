@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, HELD
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, HELD, print_line
 from laguna_serve.serving.kit.flags import Flag, read_flags
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.memory import GIB, show_size
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"laguna: error: {error}", file=sys.stderr)
         return COULD_NOT_RUN
-    print(json.dumps(to_json(result)))
+    print_line(to_json(result))
     return HELD
 
 

@@ -18,7 +18,7 @@ from laguna_serve.serving.commands.model_options import ModelOptions, make_engin
 from laguna_serve.serving.commands.serve_several import run_several
 from laguna_serve.serving.engine import Engine, EngineConfig, EngineError, find_port, require_port
 from laguna_serve.serving.engine.hub import describe_models
-from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, print_result
+from laguna_serve.serving.kit.cli import COULD_NOT_RUN, FELL_SHORT, HELD, print_line, print_result
 from laguna_serve.serving.kit.flags import MOST_SEED, Flag
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.machine.local_http import LOOPBACK
@@ -214,7 +214,7 @@ def run(config: ServeConfig) -> int:
         restart=config.restart,
         greet=format_greeting,
     )
-    print(json.dumps(to_json(result)))
+    print_line(to_json(result))
     return FELL_SHORT if result.outcome == DIED else HELD
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
@@ -10,7 +9,7 @@ from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.commands.gateway import GatewayResult, check_engines
 from laguna_serve.serving.commands.model_options import ModelOptions
 from laguna_serve.serving.engine.hub import describe_models
-from laguna_serve.serving.kit.cli import HELD
+from laguna_serve.serving.kit.cli import HELD, print_line
 from laguna_serve.serving.kit.results import JsonObject, to_json
 from laguna_serve.serving.machine.local_http import LOOPBACK
 from laguna_serve.serving.service.api_keys import read_keys
@@ -44,7 +43,7 @@ def run_several(config: ModelOptions) -> int:
         ),
         None,
     )
-    print(json.dumps(to_json(GatewayResult(outcome="stopped", url=url))))
+    print_line(to_json(GatewayResult(outcome="stopped", url=url)))
     return HELD
 
 

@@ -121,7 +121,12 @@ def print_result(text: str, line: Mapping[str, object], out: Path | None, *, alw
     if out is not None:
         print(f"files in {out}")
     if always_json or not sys.stdout.isatty():
-        print(json.dumps(line, ensure_ascii=False, allow_nan=False))
+        print_line(line)
+
+
+def print_line(line: Mapping[str, object]) -> None:
+    """Print the JSON object for programs, of a command that ends in it on a terminal, too."""
+    print(json.dumps(line, ensure_ascii=False, allow_nan=False))
 
 
 def explain(error: Exception) -> str:

@@ -10,14 +10,13 @@ terminal needs: the table, the line for programs, and an exit status.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from laguna_serve.serving.kit.cli import HELD, Parser, add_json_flag, print_result, run_command
+from laguna_serve.serving.kit.cli import HELD, Parser, add_json_flag, print_line, print_result, run_command
 from laguna_serve.serving.kit.flags.command_line import add_flags, make_config
 from laguna_serve.serving.kit.flags.declaration import Config
 from laguna_serve.serving.kit.results import JsonObject, to_json
@@ -102,7 +101,7 @@ class Command(Generic[C]):
         def body() -> int:
             result = act(config)
             if show is None:
-                print(json.dumps(line(result)))
+                print_line(line(result))
             else:
                 print_result(show(result), line(result), getattr(config, "out", None), always_json=given.json)
             return judge(result)

@@ -100,8 +100,8 @@ class Environment:
 
     def diagnose(self) -> tuple[int, list[dict[str, str]], dict[str, Any]]:
         done = self.run("--json")
-        assert len(done.stdout.splitlines()) == 1, done.stderr
-        report = json.loads(done.stdout)
+        assert done.stdout, done.stderr
+        report = json.loads(done.stdout.splitlines()[-1])
         return done.returncode, report["problems"], report
 
 
@@ -292,7 +292,7 @@ def test_this_installation_is_well() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads(done.stdout.splitlines()[-1])
     assert report["problems"] == []
     if report["platform"] == "cpu":
         assert report["cpu_kernels"] in {"amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable"}

@@ -62,6 +62,12 @@ class DistillResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema
     curve: list[dict[str, float]] | UnsetType = UNSET
 
 
+def format_measured(result: DistillResult) -> str:
+    """Format the held-out figures, a line for each stage."""
+    stages = result.measured.items()
+    return "\n".join(f"{stage}: {', '.join(f'{n} {v:.4g}' for n, v in figures.items())}" for stage, figures in stages)
+
+
 def write_report(result: DistillResult, report: Path) -> None:
     """Write distillation.json and the pictures."""
     from laguna_serve.scripts.training.dense.report.plot import draw_blocks, draw_curve, draw_student
