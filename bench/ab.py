@@ -1,8 +1,8 @@
 """A/B of two vLLM engines: whether the candidate is faster, by how much, and whether it gives the same tokens.
 
 Prints a table, then one JSON line (schema laguna_serve.ab/1); progress goes to stderr; DIR gets ab.json, ab.md, ab.png
-and the engines' logs. How each figure is defined stands in the module that computes it (stats.py, metrics.py,
-parity.py), and why one may be withheld in validity.py.
+and the engines' logs. How each figure is defined stands in the module that computes it (stats/intervals.py,
+stats/parity.py), and why one may be withheld in harness/validity.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ through the candidate, at every concurrency, each answer with the log-probabilit
 tokens. Where tokens part, a third path (float32, teacher-forced) says which one the exact model prefers. Engines run
 one after the other; answers are kept in DIR/passes, and the same command continues after an interruption. DIR gets
 certificate.json, certificate.md and certificate.html; the last stdout line is one JSON object (schema
-laguna_serve.certificate/1). What counts as a defect: certificate.py.
+laguna_serve.certificate/1). What counts as a defect: certificate/verdict.py.
 """
 
 from __future__ import annotations

@@ -83,6 +83,12 @@ ROOMS = {
     ),
     "scripts": ("text", "checkpoints", "training", "clients", "frontier", "insights", "grpo_arms", "dante"),
 }
+# A file that a docstring names, and what says, in the same paragraph, that it is another program's.
+FILE = re.compile(r"(?<![\w/.{-])((?:[\w-]+/)*[\w-]+\.py)\b")
+OTHERS = re.compile(r"vllm|transformers|torch|TRL|compressed-tensors|LLaDA|traceback", re.IGNORECASE)
+COMMANDS = ("bench", "evals", "scripts")
+# The gateway's are in its room `clients`.
+LOOSE = {("serving/gateway/relay/relay.py", "answer.py"), ("serving/gateway/relay/relay.py", "asgi.py")}
 MODULE = re.compile(r"laguna_serve((?:\.[a-z_]\w*)+)(?:[.:][A-Z]\w*)?")
 # Benchmarks of a kernel, or of a decode that has no server in between, call it in their own process.
 KERNEL_BENCHMARKS = {
@@ -233,6 +239,23 @@ def test_modules_that_are_named_in_strings_are_there(folder: str) -> None:
             module = ROOT.joinpath(*name.split("."))
             there = module.with_suffix(".py").exists() or (module / "__init__.py").exists()
             assert there, f"{path}: names laguna_serve.{name}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_files_that_docstrings_name_are_there(folder: str) -> None:
+    """From the module's own folder, or from one above it; a command by its name alone."""
+    wrong = []
+    for path in sources(folder):
+        own = path.relative_to(ROOT)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+                for named in [] if OTHERS.search(paragraph) else FILE.findall(paragraph):
+                    homes = [*own.parents, *map(Path, COMMANDS)]
+                    if (own.as_posix(), named) not in LOOSE and not any((ROOT / at / named).exists() for at in homes):
+                        wrong.append(f"{own} {getattr(node, 'name', '')}: {named}")
+    assert not wrong
 
 
 @pytest.mark.parametrize("pattern", HOMES)

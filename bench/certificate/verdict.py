@@ -3,14 +3,14 @@
 Per load (concurrency) there are up to four passes over the same prompts: the baseline, the baseline *again* in another
 order, the *row-matched* control (γ + 1 rows verified per step, next to nothing accepted) and the candidate. What the
 controls' log-probabilities differ by from the baseline's, where their tokens agree, is the noise: what rounding can do
-here. Every mismatch is classed against it as in parity.py, the controls' own too. Three more things are defects:
+here. Every mismatch is classed against it as in stats/parity.py, the controls' own too. Three more things are defects:
 
 - an emitted token that the arm's own log-probabilities, from the same forward pass, do not put first;
 - a prompt that was read as other tokens;
 - drift: the candidate's log-probabilities lie further from the baseline's, on average, than the row-matched control's,
   beyond the 95% interval and by more than DRIFT_RATIO. It shows a wrong weight that has not yet cost a token.
 
-Pure; passes.py makes the passes, replay.py asks a third path about each divergence.
+Pure; passes.py makes the passes, rescoring.py asks a third path about each divergence.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 There are two verdicts. *Published*: the tests, as they are, came to their end and none failed; figures of it compare
 with other harnesses'. *Strict* (`passed`, and the reward): besides, every test had something to check, and the program
 reached as many tests and calls as the canonical solution under the same grader, and gave values of a compatible kind
-(sandbox/observe.py). What one test is, sandbox/instrument.py says. The share of a program that has not passed is what
-it passed ÷ the tests that the canonical solution passes (or, without one, that this program reached), so that ending
-early, whether by a crash or on purpose, gains nothing.
+(sandbox/inside/observe.py). What one test is, sandbox/inside/instrument.py says. The share of a program that has not
+passed is what it passed ÷ the tests that the canonical solution passes (or, without one, that this program reached), so
+that ending early, whether by a crash or on purpose, gains nothing.
 
 Neither an answer nor its program can stop or crash the caller: answers are read by a worker process
 (extraction/worker.py), programs run in the sandbox, and both have limits of wall and processor time.

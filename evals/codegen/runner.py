@@ -33,7 +33,7 @@ class Workload:
     """What is asked of the model.
 
     `temperature` 0 is greedy; `template`: fields for the chat template, as {"enable_thinking": true}; `protocol`:
-    protocols.py's, whose prompts the problems have.
+    problems/protocols.py's, whose prompts the problems have.
     """
 
     form: Form = "chat"

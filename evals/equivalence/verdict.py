@@ -21,8 +21,8 @@ confirmation (p = 1/462).
 - `differs`: a test convicts, or an endpoint reads a prompt as other tokens.
 
 Rounding is measured over the answers of both arms, as in bench/ab.py: verifying several rows at once rounds otherwise
-than plain decoding. So an arm that is slightly wrong everywhere widens it (up to parity.py's ceiling): compare the two
-`difference_nats`, and ask bench/certify.py, which has a control of the same shape and a test of drift.
+than plain decoding. So an arm that is slightly wrong everywhere widens it (up to bench/stats/parity.py's ceiling):
+compare the two `difference_nats`, and ask bench/certify.py, which has a control of the same shape and a test of drift.
 
 Pure; runner.py gets the answers.
 """

@@ -3,7 +3,7 @@
 lm-evaluation-harness runs such code in its own process (--confirm_run_unsafe_code), bigcode-evaluation-harness and
 evalplus in a fork of their own: none of them grades here, and none asks (evalplus's command asks chat endpoints alone,
 one question at a time, and can tell a chat template nothing). code_tasks.py asks by their prompts and stop words
-(protocols.py). Samples that evalplus wrote elsewhere are graded, too.
+(problems/protocols.py). Samples that evalplus wrote elsewhere are graded, too.
 """
 
 from __future__ import annotations

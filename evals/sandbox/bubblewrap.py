@@ -1,8 +1,8 @@
 """Workers in an outer wall by bubblewrap (bwrap), a small program that many systems allow to make namespaces.
 
-It gives the program its namespaces and its view of the file system, in the place of the jail's own code (jail.py), and
-one interpreter is started for each program: no fork server may stand outside of the wall. Landlock, limits and filter
-are put up inside. Version 0.5 or newer. https://github.com/containers/bubblewrap
+It gives the program its namespaces and its view of the file system, in the place of the jail's own code
+(walls/jail.py), and one interpreter is started for each program: no fork server may stand outside of the wall.
+Landlock, limits and filter are put up inside. Version 0.5 or newer. https://github.com/containers/bubblewrap
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ nothing else by descriptors, so no program and no test is ever in the memory tha
 
 A request is a packet of descriptors on a socket: status, configuration, output, ready, wire, and a grader's report.
 What becomes of the fork is said on its `status` socket: "+" with a descriptor of the process, then "." and the exit
-status; or "!" and why there is none. Forks die with the server (jail.py), and the server ends when its socket closes.
+status; or "!" and why there is none. Forks die with the server (walls/jail.py), and the server ends when its socket
+closes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The process jail in which model-written code runs.
 
-Two processes for every program: the *worker* runs the program in the jail (jail.py: namespaces, limits, a filter of
-system calls) and serves calls of its function; the *grader* runs the tests, which it alone knows, and calls the worker
-over a pipe that carries values and references, never code (rpc.py). What the program does to its own interpreter
-(asserts, builtins, __eq__, frames, exit) therefore reaches no verdict. The grader runs the problem's code alone: it has
-limits and the filter, but sees the file system and the installed packages, as HumanEval+'s tests want numpy.
+Two processes for every program: the *worker* runs the program in the jail (walls/jail.py: namespaces, limits, a filter
+of system calls) and serves calls of its function; the *grader* runs the tests, which it alone knows, and calls the
+worker over a pipe that carries values and references, never code (messages/rpc.py). What the program does to its own
+interpreter (asserts, builtins, __eq__, frames, exit) therefore reaches no verdict. The grader runs the problem's code
+alone: it has limits and the filter, but sees the file system and the installed packages, as HumanEval+'s tests want
+numpy.
 
 Both are killed from outside when the grader has ended or the time is up, and with the jail's first process everything
 in it. What keeps the program from files and processes is the caller's choice (`Limits.walls`): namespaces that the jail
@@ -37,7 +38,7 @@ from laguna_serve.evals.sandbox.walls.jail import NOT_WALLED
 # How often it is measured what a program has written where no mount bounds it.
 MEASURE_S = 0.05
 OBSTACLE_TRIES = 3
-# What the judge says of single tests (grader.py), and where it is counted.
+# What the judge says of single tests (inside/grader.py), and where it is counted.
 SIGNS = {b"+": "passed", b"!": "weak", b"-": "failed", b"?": "unjudged", b"~": "unmet"}
 REMEDY = (
     "allow unprivileged user namespaces, install bubblewrap or boot a kernel with Landlock; or, on a throwaway machine,"

@@ -2,7 +2,7 @@
 
 Laguna's quantised releases are compressed-tensors (https://github.com/vllm-project/compressed-tensors): `config_groups`
 say how the modules they target are stored, `ignore` which are not, and `kv_cache_scheme` asks for a KV cache in FP8.
-What of it runs on which device is support.py's.
+What of it runs on which device is planning/support.py's.
 """
 
 from __future__ import annotations

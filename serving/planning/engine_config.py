@@ -21,7 +21,7 @@ class EngineConfig:
         group_indices: file of the mask's groups; together with ``keep_mask``.
         draft: checkpoint folder or hub id of a DFlash drafter, or None for plain decoding.
         gamma: tokens proposed per step; None with a draft takes the drafter's trained maximum, block − 1.
-        adaptive: γ is decided in every step, `gamma` being the most (planning/adaptive.py).
+        adaptive: γ is decided in every step, `gamma` being the most (speculation/adaptive.py).
         beyond_block: a γ that the drafter was not trained for is served, as a measurement may want it.
         gamma_schedule: vLLM's inclusive (first, last, K) ranges of batch sizes; K at most gamma, 0 for plain steps.
         draft_sampling: how drafts for sampled requests are chosen (speculation/drafting.py).

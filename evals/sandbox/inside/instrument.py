@@ -132,7 +132,7 @@ def _name_call(call: ast.Call) -> str:
 
 
 class _StopNames(ast.NodeTransformer):
-    """`StopIteration` in the tests also means the one that a function of the program raised (proxies.py)."""
+    """`StopIteration` in the tests also means the one that a function of the program raised (messages/proxies.py)."""
 
     def visit_Raise(self, node: ast.Raise) -> ast.Raise:
         return node

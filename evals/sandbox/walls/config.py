@@ -46,7 +46,7 @@ class WorkerConfig(JailConfig):
 
 
 class RunRecord(TypedDict):
-    """What a run of the canonical solution leaves, to compare those of programs with (observe.py).
+    """What a run of the canonical solution leaves, to compare those of programs with (inside/observe.py).
 
     `kinds`: of every call's answer, by the call; `weaknesses`: of single tests; `late`: an argument changed after its
     call; `operations`: what the tests asked of its objects, operators and attributes.

@@ -3,7 +3,7 @@
 Group-relative policy optimisation (arXiv:2402.03300) without a critic: a completion's advantage is its reward against
 the other completions of its prompt.  Two ratios are kept apart (arXiv:2110.00641): how far steps have moved the policy
 since it was first asked about these tokens, clipped as in PPO (arXiv:1707.06347), and how far that policy was from the
-engine which sampled them, by which a token is weighed (importance.py).
+engine which sampled them, by which a token is weighed (off_policy/importance.py).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ class TiedTokens(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OffPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of tokens on which trainer and engine differ (importance.py, replay.py).
+    """What became of tokens on which trainer and engine differ (off_policy/importance.py, off_policy/replay.py).
 
     Attributes:
         mean_nats: mean |difference| of their log-probabilities over all sampled tokens.

@@ -99,7 +99,7 @@ class Stopwatch:
 def _time_teacher(config: DistillConfig, laguna: LagunaConfig, sizes: Sizes, stopwatch: Stopwatch) -> float:
     chosen = choose_layers(sizes)
     described = shorten(laguna, chosen)
-    # As the layers are read and run (streaming/layers.py).
+    # As the layers are read and run (pruning/streaming/layers.py).
     described._experts_implementation = "eager"
     dtype = torch.bfloat16 if stopwatch.device.type == "cuda" else torch.float32
     model = _draw(described, dtype, stopwatch.device)

@@ -1,4 +1,4 @@
-"""Is a new drafter no worse than the serving one? A paired test over prompts, on the exact count of held_out.py.
+"""Is a new drafter no worse than the serving one? A paired test over prompts, on drafter/held_out.py's exact count.
 
 Every prompt has the expected steps S and accepted drafts A of either drafter along the same answers; a drafter's
 acceptance there is A ÷ S.  With d = new − (1 − MARGIN) · serving over the prompts, Student's one-sided t-test asks

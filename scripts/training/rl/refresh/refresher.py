@@ -1,7 +1,7 @@
 """The drafter beside a moving policy: what became of the last one, what the next one learns, whether it is pushed.
 
 It is asked once a step, between sampling and the policy's own gradient step, so that the trainer's policy is the one
-that sampled: text and target distribution belong together, and the count of held_out.py is exact.
+that sampled: text and target distribution belong together, and the count of drafter/held_out.py is exact.
 
 1. A drafter that was pushed is held against its live acceptance (live.py), and taken back where it falls short: to the
    last one that stood this test, or, where it was that one itself, to the first.
