@@ -105,13 +105,7 @@ def train(
             save(step)
             raise KeyboardInterrupt
         optimiser.clear()
-        total: dict[str, float] = {}
-        parts = loss_of_step(step)
-        for loss, figures in [parts] if isinstance(parts, tuple) else parts:
-            loss.backward()
-            for key, value in {"loss": loss.item(), **figures}.items():
-                total[key] = total.get(key, 0.0) + value
-        total = ranks.add(total)
+        total = ranks.add(_add_gradients(loss_of_step(step)))
         if not math.isfinite(total["loss"]):
             got = f"{total['loss']} in step {step + 1} of {schedule.steps}"
             raise CommandError(f"{name}: expected a finite loss, got {got}; lower the learning rate")
@@ -120,21 +114,34 @@ def train(
         window.append(total)
         done = step + 1
         if done % log_every == 0 or done == schedule.steps:
-            mean = {key: sum(w[key] for w in window) / len(window) for key in window[0]}
-            log.append({"step": float(done), **mean})
+            log.append({"step": float(done), **_average(window)})
             window.clear()
         if ranks.first and (done % PRINT_EVERY == 0 or done == schedule.steps):
-            mean = {key: value for key, value in log[-1].items() if key != "step"}
             left_s = (time.monotonic() - started) / (done - first) * (schedule.steps - done)
-            shown = "  ".join(f"{key} {value:.3f}" for key, value in mean.items())
-            print(
-                f"{name}: step {done}/{schedule.steps}  {shown}  {left_s / 60:.1f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+            figures = _average(window) if window else {key: log[-1][key] for key in total}
+            _print_progress(f"{name}: step {done}/{schedule.steps}", figures, left_s)
         if done % SAVE_EVERY == 0 or done == schedule.steps:
             save(done)
     return log
+
+
+def _add_gradients(parts: Loss | Iterable[Loss]) -> dict[str, float]:
+    """Run the backward passes of a batch's parts; returns the sums of their losses and figures."""
+    total: dict[str, float] = {}
+    for loss, figures in [parts] if isinstance(parts, tuple) else parts:
+        loss.backward()
+        for key, value in {"loss": loss.item(), **figures}.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def _average(window: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(figures[key] for figures in window) / len(window) for key in window[0]}
+
+
+def _print_progress(place: str, figures: dict[str, float], left_s: float) -> None:
+    shown = "  ".join(f"{key} {value:.3f}" for key, value in figures.items())
+    print(f"{place}  {shown}  {left_s / 60:.1f} min left", file=sys.stderr, flush=True)
 
 
 def _open_optimiser(module: nn.Module, schedule: Schedule, ranks: Ranks) -> Optimiser:

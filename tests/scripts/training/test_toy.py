@@ -209,3 +209,17 @@ def test_interrupted_training_continues_to_the_same_weights(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         train_line(450, tmp_path / "cut.state", stop_at=333)
     assert train_line(450, tmp_path / "cut.state") == whole
+
+
+def test_progress_is_printed_before_the_first_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = nn.Linear(1, 1)
+
+    def losses(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        return (module.bias * 0 + step).sum(), {}
+
+    log = train("line", module, Schedule(100, 1e-2), losses, tmp_path / "state", log_every=100)
+    assert [record["step"] for record in log] == [100]
+    assert [line.partition("  ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "line: step 50/100",
+        "line: step 100/100",
+    ]
