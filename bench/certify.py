@@ -91,7 +91,10 @@ class CertifyConfig(PromptsConfig, ArmsConfig):
     temperature: Annotated[
         float,
         Flag(
-            "tokens are drawn at it, with --seed in every request, and have to be identical (default: 0)", metavar="T"
+            "tokens are drawn at it, with --seed in every request, and have to be identical (default: 0)",
+            metavar="T",
+            at_least=0,
+            at_most=2,
         ),
     ] = 0.0
     row_matched: Annotated[
@@ -112,12 +115,6 @@ class CertifyConfig(PromptsConfig, ArmsConfig):
         ),
     ] = None
     out: Annotated[Path, Flag("folder for the certificate", metavar="DIR")]
-
-    def __post_init__(self) -> None:
-        """Refuse draws where answers may differ."""
-        super().__post_init__()
-        if not 0 <= self.temperature <= 2:
-            raise FlagError(f"--temperature: expected 0 to 2, got {self.temperature:g}")
 
     QUICK: ClassVar = Quick(
         "32 prompts × 48 tokens at 1,4", {"num_prompts": 32, "max_tokens": 48, "concurrency": (1, 4)}

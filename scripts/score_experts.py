@@ -114,7 +114,7 @@ class ScoreConfig:
         """Refuse what means nothing. Raises FlagError."""
         check_bounds(self)
         if self.dry_run and self.atomic_scores is not None:
-            raise FlagError("--dry-run: expected scores to measure, got --atomic-scores, which takes seconds; leave it")
+            raise FlagError("--dry-run: expected scores to measure, got --atomic-scores; leave one of them out")
         given = next((name for name in MEASURING if getattr(self, name) != getattr(type(self), name)), None)
         if self.atomic_scores is not None and given is not None:
             raise FlagError(f"--{given}: expected none beside --atomic-scores, which are not measured; leave one out")

@@ -16,7 +16,10 @@ from laguna_serve.serving.speculation.drafting import DRAFT_SAMPLING, open_draft
 Dtype = Annotated[
     str, Flag("vLLM's --dtype for both (default: the checkpoint's; float32 on a CPU that multiplies it faster)")
 ]
-Temperature = Annotated[float, Flag("answers are drawn at it, and then not compared (default: 0, greedy)", metavar="T")]
+Temperature = Annotated[
+    float,
+    Flag("answers are drawn at it, and then not compared (default: 0, greedy)", metavar="T", at_least=0, at_most=2),
+]
 BeyondBlock = Annotated[
     bool,
     Flag(
@@ -121,11 +124,8 @@ def check_draft_sampling(draft_sampling: str, temperature: float, *, by_url: boo
     """Refuse what would not be done.
 
     Raises:
-        FlagError: drafts are to be drawn for greedy answers, or by a server that already runs; or the temperature is
-            none.
+        FlagError: drafts are to be drawn for greedy answers, or by a server that already runs.
     """
-    if not 0 <= temperature <= 2:
-        raise FlagError(f"--temperature: expected 0 to 2, got {temperature:g}")
     if draft_sampling != DRAFT_SAMPLING[0]:
         asked = f"--draft-sampling {draft_sampling}"
         if not temperature:

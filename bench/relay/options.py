@@ -52,7 +52,9 @@ class GatewayBenchConfig:
     rounds: Annotated[int, Flag("of every path (default: 11)", metavar="N", at_least=1)] = 11
     chunks: Annotated[int, Flag("events per stream (default: 64)", metavar="N", at_least=2)] = 64
     gap_ms: Annotated[float, Flag("between events (default: 5)", metavar="MS", at_least=0)] = 5.0
-    engine_port: Annotated[int | None, Flag("of the mock engine (default: a free one)", metavar="P", at_least=1)] = None
+    engine_port: Annotated[
+        int | None, Flag("of the mock engine (default: a free one)", metavar="P", at_least=1, at_most=LAST_PORT)
+    ] = None
     workers: Annotated[
         tuple[int, ...],
         Flag("the gateway with so many processes, too", metavar="N,…", at_least=2, parse=parse_numbers),
@@ -75,8 +77,6 @@ class GatewayBenchConfig:
     def __post_init__(self) -> None:
         """Refuse values outside of their bounds, and names that another path has."""
         check_bounds(self)
-        if self.engine_port is not None and self.engine_port > LAST_PORT:
-            raise FlagError(f"--engine-port: expected at most {LAST_PORT}, got {self.engine_port}")
         taken = [DIRECT, SPLICE, GATEWAY, *map(name_workers, self.workers)]
         for name, _ in (*self.start, *self.peer):
             if name in taken or "/" in name:

@@ -43,7 +43,7 @@ class SamplingConfig(PromptsConfig, DrafterOrUrlsConfig):
         Flag("completions together, which decides what an adaptive γ comes to (default: 50)", metavar="N", at_least=1),
     ] = 50
     tokens: Annotated[int, Flag("of a completion (default: 8)", metavar="N", at_least=2)] = 8
-    temperature: Annotated[float, Flag("default: 1", metavar="T")] = 1.0
+    temperature: Annotated[float, Flag("default: 1", metavar="T", at_most=2)] = 1.0
     level: Annotated[
         float,
         Flag("how often a sound drafter may be called wrong, over all γ together (default: 0.01)", metavar="α"),

@@ -64,7 +64,7 @@ class StepCostConfig(TimedDrafterConfig):
     QUICK: ClassVar = Quick("4 prompts × 48 tokens, not compiled", {"num_prompts": 4, "max_tokens": 48, "eager": True})
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that is none, and drawn drafts of greedy answers."""
+        """Refuse drawn drafts of greedy answers."""
         super().__post_init__()
         check_draft_sampling(self.draft_sampling, self.temperature)
 

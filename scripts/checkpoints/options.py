@@ -128,7 +128,9 @@ class CompactConfig:
             given = "--keep-mask" if self.keep_mask is not None else "--random-mask"
             raise FlagError(f"--shares: expected no other mask, got {given}; leave one of them out")
         if not self.dry_run or self.zeroed:
-            raise FlagError("--shares: expected --dry-run and no --zeroed, as it only counts; add or leave them")
+            raise FlagError(
+                "--shares: expected --dry-run and no --zeroed, as it only counts; add --dry-run, drop --zeroed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

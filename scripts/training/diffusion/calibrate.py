@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import torch
@@ -34,7 +34,7 @@ from laguna_serve.scripts.training.drafter.data.records import Prompt
 from laguna_serve.scripts.training.loop import Schedule
 from laguna_serve.serving.kit.command import Brief, Command
 from laguna_serve.serving.kit.files import write_file
-from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, Flag, FlagError, check_bounds
+from laguna_serve.serving.kit.flags import MOST_SEED, MOST_THREADS, BoundedConfig, Flag
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import write_indented
 from laguna_serve.serving.kit.run_dir import RunDirError, check_out
@@ -49,7 +49,7 @@ NODES = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig:
+class CalibrateConfig(BoundedConfig):
     """A model, perhaps its draft, the reference that decodes, and prompts.
 
     Attributes:
@@ -67,14 +67,9 @@ class CalibrateConfig:
     cache: Annotated[str, Flag("none, prefix or dual")] = "dual"
     steps: Annotated[int, Flag("of the order model's training", at_least=1)] = SCHEDULE.steps
     seed: Annotated[int, Flag("of the order model", at_least=0, at_most=MOST_SEED)] = 0
-    device: Annotated[str, Flag("where the models compute: cpu or cuda")] = "cpu"
+    device: Annotated[Literal["cpu", "cuda"], Flag("where the models compute")] = "cpu"
     threads: Annotated[int, Flag("of the processor", at_least=1, at_most=MOST_THREADS)] = 1
     out: Annotated[Path, Flag("folder for what is learnt", metavar="DIR")]
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        if self.device not in ("cpu", "cuda"):
-            raise FlagError(f"--device: expected cpu or cuda, got {self.device}")
 
 
 class Calibration(

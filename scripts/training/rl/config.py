@@ -75,7 +75,9 @@ class GrpoConfig:
     replay_buffer: Annotated[
         int, Flag("rollouts that are kept to learn from (default 512)", metavar="N", at_least=1)
     ] = 512
-    greedy_share: Annotated[float, Flag("of greedy answers among them, 0 to 1 (default 0.25)", at_least=0)] = 0.25
+    greedy_share: Annotated[
+        float, Flag("of greedy answers among them, 0 to 1 (default 0.25)", at_least=0, at_most=1)
+    ] = 0.25
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -84,8 +86,6 @@ class GrpoConfig:
         for flag, rate in (("--lr", self.lr), ("--refresh-lr", self.refresh_lr)):
             if not 0 <= rate < 1:
                 raise FlagError(f"{flag}: expected a rate from 0 to less than 1, got {rate}")
-        if self.greedy_share > 1:
-            raise FlagError(f"--greedy-share: expected 0 to 1, got {self.greedy_share}")
         if self.gamma == ADAPTIVE and self.draft is None:
             raise FlagError("--gamma adaptive: expected --draft with it, got none; name a drafter")
 

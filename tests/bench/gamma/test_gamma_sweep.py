@@ -190,7 +190,7 @@ def test_sampled_answers_are_not_compared_and_store_no_schedule(run: SweepRun) -
     ("more", "complaint"),
     [
         (["--temperature", "1", "--stack", "fp8-kv"], "--stack: expected greedy answers"),
-        (["--temperature", "3"], "--temperature: expected 0 to 2, got 3"),
+        (["--temperature", "3"], "--temperature: expected at most 2, got 3"),
         (["--draft-sampling", "probabilistic"], "--draft-sampling probabilistic: expected --temperature beside it"),
         (
             ["--adaptive", "--baseline-url", "http://127.0.0.1:1", "--candidate-url", "7=http://127.0.0.1:2"],
