@@ -16,6 +16,7 @@ from laguna_serve.serving.chat.vendor_defaults import VllmSetting, choose_enviro
 from laguna_serve.serving.checkpoint import Target, find_folder
 from laguna_serve.serving.checkpoint.parameters import estimate_bytes, estimate_held
 from laguna_serve.serving.checkpoint.target import STOCK, find_served_dtype, value_bytes
+from laguna_serve.serving.kit.files import expand
 from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.dtype import choose_dtype
@@ -45,16 +46,16 @@ SERVER_MODULE = "laguna_serve.plugins.processes.api_server"
 # the engine's process is accepted; threads are then set here (build_environment) instead of bound by vLLM.
 # Measured on two cores with a toy pair at γ = 7, one engine: 5.7 against 6.6 ms per step; plain decoding the same.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-# Goes on drafting beside a sequence at the length limit; its docstring says why stock vLLM's does not.
 WORKER_EXTENSION, WEIGHT_DIGESTS = "--worker-extension-cls", "laguna_serve.plugins.weight_digests.WeightDigests"
+# Goes on drafting beside a sequence at the length limit; its docstring says why stock vLLM's does not.
 CPU_WORKER = "laguna_serve.plugins.worker.CPUWorker"
 RETURN_EXPERTS = "--enable-return-routed-experts"
 CPU_BLOCK_SIZE = 128  # vLLM's own choice for a CPU
-# The executor holds one rank: with more it would wait for the others without a word.
 TENSOR_FLAGS = ("--tensor-parallel-size", "-tp")
 EXPERT_PARALLEL = "--enable-expert-parallel"
+# The executor holds one rank: with more it would wait for the others without a word.
 PARALLEL_FLAGS = (*TENSOR_FLAGS, "--pipeline-parallel-size", "-pp")
-# vLLM then takes the longest sequence that fits the KV cache.
+# A --max-model-len: vLLM then takes the longest sequence that fits the KV cache.
 FITTED = "auto"
 KV_DTYPE = "--kv-cache-dtype"
 # Every shape and number of rows is a product of its own to oneDNN, made in 0.1 ms and more and up to 0.2 MB large. Of
@@ -179,8 +180,8 @@ def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device:
 
     On a GPU, where none is asked for, it is what one sequence can have in the memory that is left, which vLLM works
     out: with the model's own length it does not start where that does not fit.  With a drafter on a CPU the last block
-    of the KV cache has room for a draft behind it
-    (γ + 1 tokens): one token more than was asked for, or as many fewer as it takes where the model ends there.
+    of the KV cache has room for a draft behind it (γ + 1 tokens): one token more than was asked for, or as many fewer
+    as it takes where the model ends there.
     """
     target, gamma = checkpoints.target, checkpoints.gamma
     if device.kind == "gpu" and config.max_model_len is None:
@@ -206,12 +207,12 @@ def choose_overrides(
     overrides = dict(target.overrides) if target is not None else {}
     if config.keep_mask is not None and config.group_indices is not None:
         files = {"keep_mask": config.keep_mask, "group_indices": config.group_indices}
-        absolute = {name: os.path.abspath(_expand(path)) for name, path in files.items()}
+        absolute = {name: os.path.abspath(expand(path)) for name, path in files.items()}
         return {**overrides, "architectures": ["LagunaSentinelForCausalLM"], "expert_pruning": absolute}
     if names_flag(config.extra_args, "--hf-overrides"):
         return None
-    user_overrides = names_flag(config.extra_args, *PARALLEL_FLAGS, "--quantization", "-q")
-    if target is not None and target.dense and _is_ours(target, device) and not user_overrides:
+    leaves_class_to_vllm = names_flag(config.extra_args, *PARALLEL_FLAGS, "--quantization", "-q")
+    if target is not None and target.dense and _is_ours(target, device) and not leaves_class_to_vllm:
         overrides["architectures"] = [DENSE]
     return overrides or None
 
@@ -251,7 +252,7 @@ def count_ranks(arguments: Sequence[str], flags: Sequence[str] = PARALLEL_FLAGS)
 
 def locate(name: str) -> str:
     """Locate a checkpoint for vLLM: its folder, of a folder of the hub's cache the snapshot; a hub id as it is."""
-    return str(find_folder(name)) if os.path.isdir(_expand(name)) else _expand(name)
+    return str(find_folder(name)) if expand(name).is_dir() else os.path.expanduser(name)
 
 
 def wanted_kv_bytes(config: EngineConfig, checkpoints: Checkpoints) -> int:
@@ -296,8 +297,3 @@ def build_environment(
     for setting in settings:
         environment.setdefault(setting.name, setting.value or "")
     return environment
-
-
-def _expand(name: str) -> str:
-    """``~`` in a path is for us to resolve, as the command is not run by a shell."""
-    return os.path.expanduser(name)

@@ -49,10 +49,15 @@ SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek
 class Checkpoints:
     """What is known of a configuration's checkpoints.
 
-    ``target`` and ``drafter`` are None for hub ids that are not on this machine, ``target`` also for the reason
-    ``unplanned``; ``target_bytes`` and ``drafter_bytes`` are of their weights as stored; ``other`` is the class of a
-    model that is no Laguna.  ``gamma`` is None without a draft.  ``warnings`` are for people, a line each.  ``configs``
-    are the config.json files that are on this machine.
+    Attributes:
+        target, drafter: None for hub ids that are not on this machine.
+        gamma: None without a draft.
+        target_bytes, drafter_bytes: of their weights as stored.
+        local: model and drafter are folders here.
+        warnings: for people, a line each.
+        configs: the config.json files that are on this machine.
+        other: the class of a model that is no Laguna.
+        unplanned: why there is no `target` though the model is here.
     """
 
     target: Target | None
@@ -76,8 +81,46 @@ class Checkpoints:
 def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
     """Read and check target, drafter and γ.  Raises CheckpointError with one line.
 
-    ``weights`` is False for a plan, which needs no more of a drafter than its config.json.
+    `weights` is False for a plan, which needs no more of a drafter than its config.json.
     """
+    _check_config(config)
+    check_pruning_files(config.keep_mask, config.group_indices)
+    target_folder = find_folder(config.model)
+    served = read_served(target_folder) if target_folder is not None else Served(None)
+    warnings = _check_served(config, served)
+    _check_generation(config, target_folder)
+    draft_folder = find_folder(config.draft) if config.draft is not None else None
+    drafter = _read_drafter(config, draft_folder, weights=weights)
+    target = served.target
+    if target is not None and target_folder is not None:
+        target = _check_target(config, target, read_config(target_folder))
+    if target is not None and drafter is not None:
+        check_fit(target, drafter)
+        warnings += _list_warnings(config, target, drafter)
+    if config.gamma_schedule is not None and find_several(config.extra_args, DATA_PARALLEL):
+        warnings.append(
+            f"--gamma auto: vLLM drops its schedule beside data parallelism, and drafts {config.gamma} tokens at every"
+            " batch size; several engines behind the gateway keep it"
+        )
+    folders = [folder for folder in (target_folder, draft_folder) if folder is not None]
+    gamma = None if config.draft is None else resolve_gamma(config.gamma, drafter, beyond_block=config.beyond_block)
+    return Checkpoints(
+        target=target,
+        drafter=drafter,
+        gamma=gamma,
+        target_bytes=0 if target_folder is None else _weigh(target, target_folder),
+        drafter_bytes=0 if drafter is None or draft_folder is None else _weigh_drafter(drafter, draft_folder),
+        local=all(expand(name).is_dir() for name in (config.model, config.draft) if name is not None),
+        warnings=tuple(warnings),
+        chat=choose_chat(config, target_folder),
+        configs=tuple(read_config(folder) for folder in folders),
+        other=served.other,
+        unplanned=served.unplanned,
+    )
+
+
+def _check_config(config: EngineConfig) -> None:
+    """Refuse what does not go together, whatever the checkpoints are. Raises CheckpointError."""
     if config.gamma is not None and config.draft is None:
         raise CheckpointError(
             f"gamma: expected a draft beside it, got {config.gamma} alone; name the drafter or drop gamma"
@@ -96,58 +139,44 @@ def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
     if config.weight_updates and config.host not in LOOPBACK:
         remedy = "put the gateway in front of it"
         raise CheckpointError(f"weight updates: expected an engine on the loopback, got {config.host}; {remedy}")
-    check_pruning_files(config.keep_mask, config.group_indices)
-    target_folder = find_folder(config.model)
-    served = read_served(target_folder) if target_folder is not None else Served(None)
-    target = served.target
+
+
+def _check_served(config: EngineConfig, served: Served) -> list[str]:
+    """Check a model that is no Laguna for what is asked of it; returns warnings. Raises CheckpointError."""
     asked = {
         "a keep mask": config.keep_mask is not None,
         "weight updates": config.weight_updates,
         "--return-routed-experts": config.return_routed_experts,
     }
     warnings = served.check(config.model, asked)
-    _check_generation(config, target_folder)
     if config.draft is not None and served.unplanned:
         warnings.append(f"{config.draft}: not checked whether it fits {served.other}, as {served.unplanned}")
-    draft_folder = find_folder(config.draft) if config.draft is not None else None
-    drafter = None
-    if draft_folder is not None:
-        drafter = open_drafter(draft_folder, config.draft or "") if weights else read_drafter(draft_folder)
-    if target is not None and target_folder is not None:
-        check_use(config.model, read_config(target_folder), config.keep_mask)
-        _check_length(config, target, read_config(target_folder))
-        _check_updates(config, target)
-        _check_experts(config, target)
-        target = mark_pruned(target, config.keep_mask)
-    if target is not None and drafter is not None:
-        check_fit(target, drafter)
-        warnings += list_warnings(
-            target,
-            drafter,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            pruned=config.keep_mask is not None,
-        )
-    if config.gamma_schedule is not None and find_several(config.extra_args, DATA_PARALLEL):
-        warnings.append(
-            f"--gamma auto: vLLM drops its schedule beside data parallelism, and drafts {config.gamma} tokens at every"
-            " batch size; several engines behind the gateway keep it"
-        )
-    folders = [folder for folder in (target_folder, draft_folder) if folder is not None]
-    return Checkpoints(
-        target=target,
-        drafter=drafter,
-        gamma=resolve_gamma(config.gamma, drafter, beyond_block=config.beyond_block)
-        if config.draft is not None
-        else None,
-        target_bytes=0 if target_folder is None else _weigh(target, target_folder),
-        drafter_bytes=0 if drafter is None or draft_folder is None else _weigh_drafter(drafter, draft_folder),
-        local=all(expand(name).is_dir() for name in (config.model, config.draft) if name is not None),
-        warnings=tuple(warnings),
-        chat=choose_chat(config, target_folder),
-        configs=tuple(read_config(folder) for folder in folders),
-        other=served.other,
-        unplanned=served.unplanned,
+    return warnings
+
+
+def _read_drafter(config: EngineConfig, folder: Path | None, *, weights: bool) -> Drafter | None:
+    """Read the drafter, with its weights' headers or without; None of one that is not on this machine."""
+    if folder is None:
+        return None
+    return open_drafter(folder, config.draft or "") if weights else read_drafter(folder)
+
+
+def _check_target(config: EngineConfig, target: Target, fields: ConfigJson) -> Target:
+    """Check the target for what is asked of it; returns it with what a mask keeps. Raises CheckpointError."""
+    check_use(config.model, fields, config.keep_mask)
+    _check_length(config, target, fields)
+    _check_updates(config, target)
+    _check_experts(config, target)
+    return mark_pruned(target, config.keep_mask)
+
+
+def _list_warnings(config: EngineConfig, target: Target, drafter: Drafter) -> list[str]:
+    return list_warnings(
+        target,
+        drafter,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        pruned=config.keep_mask is not None,
     )
 
 
