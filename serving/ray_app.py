@@ -36,7 +36,7 @@ PREFIX_ROUTER = "ray.serve.llm.request_router:PrefixCacheAffinityRouter"
 # Beyond so many requests more in one replica than in another, load goes before prefixes.
 IMBALANCE = 16
 MAX_PREFIX_CHARS = 4_000_000
-log = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve")
 
 
 def build(args: JsonObject) -> serve.Application:
@@ -49,7 +49,7 @@ def build(args: JsonObject) -> serve.Application:
     config = load_cluster(Path(given["config"])) if set(given) == {"config"} else parse_cluster(given, "args")
     if ray.is_initialized():  # Ray itself says after half a minute what it waits for
         for line in list_waiting(config, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
-            log.warning(line)
+            logger.warning(line)
     return build_app(config)
 
 

@@ -41,7 +41,7 @@ MISSING_S = 10.0
 RETRY_S = 0.25
 STEP_TIMEOUT_S = 900.0
 DOUBT = "expected most replicas to have the same weights again, got different ones"
-log = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve")
 
 
 class OtherWeightsError(Exception):
@@ -85,7 +85,7 @@ class WeightKeeper:
             if told is not None and told.ranks and not list_alike(told, self._list_told(model)):
                 await self._hear(model)
             if told is not None and (fault := find_fault(replica, told, self._list_told(model))):
-                log.warning(f"replica {replica}: digests: {fault}")
+                logger.warning("replica %s: digests: %s", replica, fault)
                 raise OtherWeightsError(f"replica {replica}: digests: {fault}")
             self._members[model][replica] = Member(time.monotonic(), told)
             return True
@@ -250,7 +250,7 @@ class WeightKeeper:
             try:
                 write_versions(self._file, self._versions, self._struck)
             except WriteError as error:
-                log.warning(f"{error}; a keeper that is started again does not know whom this one has struck off")
+                logger.warning("%s; a keeper that is started again does not know whom this one has struck off", error)
 
 
 def list_errors(replies: Iterable[Reply]) -> dict[str, str]:

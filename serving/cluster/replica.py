@@ -45,7 +45,7 @@ MARGIN_S = 30.0
 PASSED_BACK = HOP_BY_HOP | {b"content-length"}
 REPLICA = b"x-replica"
 Step = tuple[str, JsonObject | None]
-log = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve")
 
 
 class ReplicaUnwellError(Exception):
@@ -206,7 +206,9 @@ class Replica:
                     raise EngineError(f"replica {self._id}: expected weights {version.weight_version}, {reply.error}")
                 self._epoch = version.epoch
                 if reply.told is not None and reply.told.fault is not None:
-                    log.warning(f"replica {self._id}: digests: not compared, as it cannot tell: {reply.told.fault}")
+                    logger.warning(
+                        "replica %s: digests: not compared, as it cannot tell: %s", self._id, reply.told.fault
+                    )
             try:
                 if await self._keeper.join.remote(self._name, self._id, self._epoch, self._told):
                     return
