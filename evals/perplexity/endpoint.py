@@ -49,7 +49,7 @@ class ScoringEndpoint:
         self.root: str | None = None
         self.max_model_len = 0
 
-    async def find_model(self, name: str | None) -> None:
+    async def choose_model(self, name: str | None) -> None:
         """Look up the model, by default the first one.
 
         Raises:
@@ -133,7 +133,7 @@ async def open_endpoint(
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     endpoint = ScoringEndpoint(session, base_url, headers)
-    await endpoint.find_model(model_name)
+    await endpoint.choose_model(model_name)
     return endpoint
 
 

@@ -122,7 +122,7 @@ class Policy:
         `waiting_s`: what must be made up first, once, where something is drafted; `room`: the most drafts that each
         request has a use for before its end.
         """
-        if self.holds(requests):
+        if self.repeat_plain(requests):
             return PLAIN
         self._step += 1
         if not requests or self._begins(len(requests)):
@@ -131,8 +131,8 @@ class Policy:
         decision = self._warm_up(requests, room)
         return self._weigh(self._look(requests, waiting_s, room)) if decision is None else decision
 
-    def holds(self, requests: Sequence[str]) -> bool:
-        """Whether the last decision, for no drafts, holds for these requests still: then it is the next one, too."""
+    def repeat_plain(self, requests: Sequence[str]) -> bool:
+        """Take the last decision, for no drafts, again where it still holds for these requests; say whether it does."""
         held, left, seconds = self._held
         if not left or held != tuple(requests):
             return False

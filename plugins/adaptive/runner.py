@@ -206,7 +206,7 @@ class AdaptiveModelRunner(DraftingModelRunner):
         `valid`: how many tokens each request got in this step, None for one each.
         """
         batch = self.input_batch
-        if len(batch.req_ids) == 1 and valid is None and self.policy.holds(batch.req_ids):
+        if len(batch.req_ids) == 1 and valid is None and self.policy.repeat_plain(batch.req_ids):
             self._drafted_for = {}
             return PLAIN  # whether the one ends with this step matters to nobody
         reading = self.discard_request_mask.np[: batch.num_reqs].tolist()

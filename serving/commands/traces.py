@@ -93,7 +93,7 @@ class LeftOut:
         # Those at no known temperature, by their engines.
         self.engines = Counter[str]()
 
-    def has_place(self, trace: Trace) -> bool:
+    def admit(self, trace: Trace) -> bool:
         """Say whether an answer has its place there; one that has none is counted."""
         if len(trace.weight_versions) != 1 or len(trace.draft_versions) != 1:
             self.versions += 1
@@ -172,7 +172,7 @@ def export(config: ExportConfig) -> TracesResult:
         nonlocal total, exported, prompts, tokens
         for trace in read(config):
             total += 1
-            if config.format == "traffic" and not left_out.has_place(trace):
+            if config.format == "traffic" and not left_out.admit(trace):
                 continue
             file.write(_encode(trace, config.format) + b"\n")  # type: ignore[attr-defined]
             exported, prompts = exported + 1, prompts + len(trace.prompt_token_ids)
