@@ -33,6 +33,7 @@ from laguna_serve.bench.certificate.result import (
 )
 from laguna_serve.bench.stats.intervals import bootstrap_table, bound_mismatch_rate
 from laguna_serve.bench.stats.parity import (
+    CLASSES,
     LOGIT_SPACING,
     Verdict,
     classify,
@@ -45,7 +46,6 @@ from laguna_serve.serving.client.records import Record
 
 AGAIN, ROW_MATCHED = "again", "row-matched"
 IDENTICAL, UP_TO_TIES, DEFECT = "identical", "equal up to ties", "defect"
-CLASSES = ("tie", "near_tie", "defect")
 DRIFT_RATIO = 1.5
 # Of text around a divergence, in characters.
 BEFORE, AFTER = 160, 60

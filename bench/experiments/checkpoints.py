@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 from laguna_serve.bench.experiments.step import (
     DENSE_CONFIG,
@@ -22,11 +21,11 @@ from laguna_serve.bench.experiments.step import (
     XS2_PRUNED_RANDOM,
     XS2_RANDOM,
 )
+from laguna_serve.serving.checkpoint import ConfigJson
 from laguna_serve.serving.checkpoint.drafter import read_drafter
 from laguna_serve.serving.checkpoint.drafter_weights import D2T, expected_tensors
 from laguna_serve.serving.kit.files import write_json
 
-ConfigJson = dict[str, Any]
 RELEASES = ROOT / "tests" / "fixtures" / "releases"
 TARGET, DRAFTER = RELEASES / "Laguna-XS.2", RELEASES / "Laguna-XS.2-speculator.dflash"
 TARGET_FP8 = RELEASES / "Laguna-XS.2-FP8"

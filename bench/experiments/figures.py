@@ -26,9 +26,9 @@ from laguna_serve.bench.sampled.result import SamplingResult
 from laguna_serve.bench.swap.result import SwapResult
 from laguna_serve.serving.engine.figures import read_figures
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.planning.result import PlanResult
 
-GIB = 2**30
 JUNIT = "junit"
 Interval = tuple[float, float]
 

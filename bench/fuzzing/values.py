@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-JsonObject = dict[str, Any]
+from laguna_serve.serving.kit.results import JsonObject
+
 NAN, INF = math.nan, math.inf
 JUNK: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, -(2**31) - 1, 2**63, 2**64, 10**30, 0.5, 1e308, -1e308, NAN, INF, -INF, 1e-300,

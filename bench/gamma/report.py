@@ -7,7 +7,7 @@ from laguna_serve.bench.gamma.result import AblationResult, PointFigures, SweepP
 from laguna_serve.bench.harness.prompts import describe_load, describe_rounds
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
-from laguna_serve.serving.machine.memory import EngineMemory
+from laguna_serve.serving.machine.memory import GIB, EngineMemory
 
 COLUMNS = ("concurrency", "γ", "speed-up", "95% interval", "predicted", "τ", "step cost", "drafter", "differ")
 ABLATION_COLUMNS = (
@@ -160,7 +160,7 @@ def _list_ablation_cells(item: AblationResult) -> list[str]:
 
 
 def _show_gib(memory: EngineMemory | None) -> str:
-    return "–" if memory is None else f"{(memory.gpu_bytes or memory.pss_bytes) / 2**30:.2f}"
+    return "–" if memory is None else f"{(memory.gpu_bytes or memory.pss_bytes) / GIB:.2f}"
 
 
 def _conclude(result: SweepResult) -> list[str]:

@@ -36,7 +36,7 @@ from laguna_serve.bench.harness.validity import (
 from laguna_serve.bench.stats import intervals
 from laguna_serve.bench.stats.drift import Drift, find_drift, widen
 from laguna_serve.bench.stats.intervals import RoundPair, Spread
-from laguna_serve.bench.stats.parity import NOISE_MULTIPLE, Verdict, classify, find_mismatch, measure_noise
+from laguna_serve.bench.stats.parity import CLASSES, NOISE_MULTIPLE, Verdict, classify, find_mismatch, measure_noise
 from laguna_serve.serving.client.counters import Counters, sum_counters, summarise_acceptance
 from laguna_serve.serving.client.records import Record
 from laguna_serve.serving.kit.environment import Environment
@@ -196,7 +196,7 @@ def _describe_parity(run: Run, dtype: str, withheld: Set[str]) -> Parity:
         prompts=prompts,
         mismatches=None if refused else len(verdicts),
         bound95=intervals.bound_mismatch_rate(len(verdicts), prompts) if bounded else None,
-        classes=None if refused else {name: classes[name] for name in ("tie", "near_tie", "defect")},
+        classes=None if refused else {name: classes[name] for name in CLASSES},
         noise_nats=noise,
         noise_multiple=NOISE_MULTIPLE,
         dtype=dtype,

@@ -15,9 +15,9 @@ from laguna_serve.bench.stats.intervals import Spread
 from laguna_serve.bench.stats.parity import Verdict
 from laguna_serve.serving.kit.environment import list_environment
 from laguna_serve.serving.kit.tables import Table
+from laguna_serve.serving.machine.memory import GIB
 
 WIDTH = 100
-GIB = 2**30
 REFUSED = "refused"
 SHOWN_DIVERGENCES = 10
 

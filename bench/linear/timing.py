@@ -18,6 +18,7 @@ from msgspec import structs
 from laguna_serve.bench.linear.result import LinearRow
 from laguna_serve.kernels.linear import choose_path, linear, linear_reference, load_library
 from laguna_serve.serving.kit.errors import CommandError
+from laguna_serve.serving.machine.memory import GIB
 
 # Matrices of one shape that are gone through, so that an engine's caches hold none of them for the next call.
 SPREAD_BYTES = 256 << 20
@@ -56,8 +57,8 @@ def require_memory(shapes: tuple[tuple[int, int], ...], rows: int) -> None:
     for inputs, outputs in shapes:
         needed = 14 * inputs * outputs + 2 * SPREAD_BYTES + rows * (10 * inputs + 18 * outputs)
         if needed > free:
-            got = f"{inputs}x{outputs} with {rows} rows, which takes {needed / 2**30:,.1f} GiB"
-            raise LinearBenchError(f"memory: expected at most {free / 2**30:,.1f} GiB, got {got}; choose smaller ones")
+            got = f"{inputs}x{outputs} with {rows} rows, which takes {needed / GIB:,.1f} GiB"
+            raise LinearBenchError(f"memory: expected at most {free / GIB:,.1f} GiB, got {got}; choose smaller ones")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from laguna_serve.bench.moe_layer.options import MoeConfig
 from laguna_serve.bench.moe_layer.result import MoeRow
 from laguna_serve.bench.stats.intervals import RoundPair, bootstrap_speedup, pool_speedup
 from laguna_serve.serving.kit.errors import CommandError, first_line
+from laguna_serve.serving.machine.memory import GIB
 
 CALLS_CPU, REPLAYS_GPU = 40, 30
 STOCK = "vLLM"
@@ -252,6 +253,6 @@ def make_shape(config: MoeConfig) -> Shape:
     free = torch.cuda.mem_get_info()[0] if kind == "cuda" else psutil.virtual_memory().available
     need = (4.5 if config.vllm else 2.5) * shape.layer_bytes * (LAYERS_GPU if kind == "cuda" else 1)
     if need > free:
-        sizes = f"{need / 2**30:.1f} GiB for {experts} experts, got {free / 2**30:.1f} GiB"
+        sizes = f"{need / GIB:.1f} GiB for {experts} experts, got {free / GIB:.1f} GiB"
         raise MoeBenchError(f"memory: expected {sizes}; pass fewer --experts or --no-vllm")
     return shape

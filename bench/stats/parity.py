@@ -20,6 +20,7 @@ from msgspec import Struct
 from laguna_serve.serving.client.logprobs import Probe
 from laguna_serve.serving.client.records import Record
 
+CLASSES = ("tie", "near_tie", "defect")
 # Each of the two tokens' log-probabilities can be off by the noise, in opposite directions.
 NOISE_MULTIPLE = 2.0
 # Differences beyond this many nats are not rounding: the arms do not compute the same function.

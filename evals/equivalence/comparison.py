@@ -10,6 +10,7 @@ import numpy as np
 
 from laguna_serve.bench.stats.intervals import bound_mismatch_rate
 from laguna_serve.bench.stats.parity import (
+    CLASSES,
     Mismatch,
     Verdict,
     classify,
@@ -29,7 +30,6 @@ LEVELS = (TOKENS, TEXT, PROGRAM, REWARD)
 # How often an engine compared with itself may be called different, over all tests of a run.
 ALPHA = 0.05
 TESTS = 8
-CLASSES = ("tie", "near_tie", "defect")
 # Of text around a divergence, in characters.
 BEFORE, AFTER = 80, 40
 

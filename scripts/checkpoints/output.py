@@ -26,10 +26,11 @@ from laguna_serve.serving.kit.progress import ByteProgress
 from laguna_serve.serving.kit.results import JsonObject
 from laguna_serve.serving.kit.run_dir import hold_folder
 from laguna_serve.serving.kit.signals import check_signals
+from laguna_serve.serving.machine.memory import GIB, MIB
 
 JOURNALS = ("compact.json", "unpad.json", "pad.json", "quantise.json")
 # Beside the tensors: headers, tokenizer, config and index.
-SLACK_BYTES = 2**20
+SLACK_BYTES = MIB
 # Where a checkpoint is until it is whole.
 PARTIAL = ".partial"
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -176,7 +177,7 @@ def check_space(folder: Path, needed: int) -> None:
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed + SLACK_BYTES:
-        expected = f"{needed + SLACK_BYTES:,} bytes free ({needed / 2**30:.2f} GiB)"
+        expected = f"{needed + SLACK_BYTES:,} bytes free ({needed / GIB:.2f} GiB)"
         raise CheckpointError(f"{folder}: expected {expected}, got {free:,}; free some or choose another --out")
 
 

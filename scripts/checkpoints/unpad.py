@@ -24,6 +24,7 @@ from laguna_serve.scripts.checkpoints.widths import WidthsSource, read_padded, r
 from laguna_serve.serving.checkpoint import require_folder
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD, print_result
 from laguna_serve.serving.kit.results import JsonObject, to_json
+from laguna_serve.serving.machine.memory import GIB, MIB
 
 __all__ = ["PadResult", "UnpadResult", "WidthsConfig", "WidthsResult", "execute", "main", "pad", "unpad"]
 
@@ -153,7 +154,7 @@ def format_result(result: WidthsResult) -> str:
         ("parameters", f"{before:,} → {after:,} ({(after - before) / before:+.2%})"),
         (
             "saved" if unpads else "added",
-            f"{saved / 2**30:.3f} GiB" if saved >= 2**30 else f"{saved / 2**20:.2f} MiB",
+            f"{saved / GIB:.3f} GiB" if saved >= GIB else f"{saved / MIB:.2f} MiB",
         ),
     ]
     if unpads:

@@ -9,7 +9,6 @@ Linux only: the supervisor between us and vLLM (supervision/reaper.py) needs its
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import subprocess
@@ -28,6 +27,7 @@ from laguna_serve.serving.engine.batch_invariance import ExactError, check_exact
 from laguna_serve.serving.engine.death import count_memory_kills, describe_death
 from laguna_serve.serving.engine.log import find_notes, find_phase, measure_log, read_log
 from laguna_serve.serving.engine.spare import REAPER, Spares
+from laguna_serve.serving.kit.files import FULL
 from laguna_serve.serving.kit.flags.vllm import find_value
 from laguna_serve.serving.machine.local_http import OK, ask_engine
 from laguna_serve.serving.planning.engine_config import EngineConfig
@@ -49,7 +49,6 @@ DYING_S = 5.0
 # An engine's last words: what it wrote in this time before it was found dead.  What is older may be an error of any
 # request.
 WORDS_S = 20.0
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Engine:

@@ -7,16 +7,14 @@ model's name, and others at the next start.  Weights are left to vLLM.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 
-from laguna_serve.serving.checkpoint.folder import find_cached_snapshot
+from laguna_serve.serving.checkpoint.folder import HUB_ID, find_cached_snapshot
 from laguna_serve.serving.kit.files import expand
 
 SMALL = ("*.json", "*.jinja")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Of variables that keep huggingface_hub, or vLLM, from this hub.
 ELSEWHERE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_USE_MODELSCOPE")
 TIMEOUT_S = 10.0

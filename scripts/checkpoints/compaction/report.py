@@ -14,8 +14,7 @@ from laguna_serve.scripts.checkpoints.compaction.savings import Savings
 from laguna_serve.scripts.checkpoints.compaction.verify import TOLERANCE
 from laguna_serve.scripts.checkpoints.tool import format_rows
 from laguna_serve.serving.kit.tables import Table
-
-GIB = 2**30
+from laguna_serve.serving.machine.memory import GIB, MIB
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -144,7 +143,7 @@ def _format_scales(result: CompactResult) -> str:
 
 
 def _size(size: int) -> str:
-    return f"{size / 2**30:.3f} GiB" if size >= 2**30 else f"{size / 2**20:.3f} MiB"
+    return f"{size / GIB:.3f} GiB" if size >= GIB else f"{size / MIB:.3f} MiB"
 
 
 def format_shares(result: CompactShares) -> str:

@@ -6,6 +6,7 @@ import msgspec
 
 from laguna_serve.serving.checkpoint import Target
 from laguna_serve.serving.checkpoint.parameters import estimate_held
+from laguna_serve.serving.machine.memory import GIB
 from laguna_serve.serving.planning.devices import plan_for
 from laguna_serve.serving.planning.engine_config import EngineConfig
 from laguna_serve.serving.planning.kv import choose_batched_tokens, plan_layout, share_gpu
@@ -66,4 +67,4 @@ def format_room(room: Room) -> str:
     if not room.longest:
         return "too small"
     fits = f"{room.sequences:,} × {room.context:,} tokens" if room.sequences else f"{room.longest:,} tokens, alone"
-    return f"{room.kv_bytes / 2**30:.1f} GiB for the KV cache: {fits}"
+    return f"{room.kv_bytes / GIB:.1f} GiB for the KV cache: {fits}"

@@ -8,8 +8,7 @@ from typing import Literal
 import msgspec
 
 from laguna_serve.serving.kit.environment import Environment
-
-GIB = 2**30
+from laguna_serve.serving.machine.memory import GIB
 
 
 class HeldOutTau(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-GIB = 2**30
+from laguna_serve.serving.machine.memory import GIB
+
 # The peak is at most so many of the model's largest parts, besides activations.
 PARTS = 3
 

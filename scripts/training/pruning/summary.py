@@ -19,6 +19,7 @@ from laguna_serve.scripts.training.pruning.artefacts import RATIOS
 from laguna_serve.serving.kit.files import write_json, write_text
 from laguna_serve.serving.kit.results import to_json
 from laguna_serve.serving.kit.tables import Table
+from laguna_serve.serving.machine.memory import GIB
 
 VECTORS = 3  # of an atom: gate row, up row, down column
 BF16_BYTES = 2
@@ -147,7 +148,7 @@ def render_stats(summary: PruningSummary) -> str:
     ]
     lines += [
         f"- {share.ratio:.0%}: {share.removable_parameters:,} of {summary.routed_parameters:,} routed parameters,"
-        f" {share.removable_bytes_bf16 / 2**30:.3f} GiB in bf16"
+        f" {share.removable_bytes_bf16 / GIB:.3f} GiB in bf16"
         for share in summary.shares
     ]
     return "\n".join(lines) + "\n"
