@@ -74,7 +74,7 @@ class Enclosed:
         self._process.send_signal(number)
 
     def close(self) -> None:
-        """Let go of it, once it has ended."""
+        """Take its exit status, if it has ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0)
 

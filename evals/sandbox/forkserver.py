@@ -61,9 +61,9 @@ def main() -> None:
 def load(role: str) -> Work:
     """Load what the forks of a role do once they are in jail; the other role's modules are not imported."""
     if role == "grader":
-        from laguna_serve.evals.sandbox.inside.grader import judge
+        from laguna_serve.evals.sandbox.inside.grader import run_grader
 
-        return judge
+        return run_grader
     from laguna_serve.evals.sandbox.inside.worker import play
 
     return lambda config, wire, _: play(config, wire)
@@ -79,7 +79,7 @@ class Server:
         self._forks: dict[int, tuple[int, socket.socket]] = {}
 
     def serve(self) -> None:
-        """Until the other side closes."""
+        """Answer requests until the other side closes."""
         while True:
             for fd, _ in self._poll.poll():
                 if fd != self._control.fileno():
@@ -137,7 +137,7 @@ def _say(status: socket.socket, text: bytes, *fds: int) -> None:
 
 
 def _become(server: int, fds: list[int], work: Work) -> None:
-    """In the fork: keep the request's descriptors alone, numbered from 0 on, and go to jail. Does not return."""
+    """Keep the request's descriptors alone in the fork, numbered from 0 on, and go to jail. Does not return."""
     os.setsid()
     config, output, *rest = fds
     # The kernel gave them ascending numbers above 2: none of them is overwritten before it has been moved.

@@ -50,7 +50,7 @@ def make_grader_config(
 ) -> GraderConfig:
     """Describe the process that runs the tests, whose report is sealed with `key`."""
     return {
-        **_describe_walls(_loosen(limits), "judge"),
+        **_describe_walls(_loosen(limits), "grader"),
         "key": key.hex(),
         "test": problem.test,
         "prompt": problem.prompt,
@@ -75,7 +75,7 @@ def _loosen(limits: Limits) -> Limits:
 
 
 def _describe_walls(limits: Limits, mode: Mode) -> WallsConfig:
-    landlock = find_version() if mode not in ("judge", "none") else 0
+    landlock = find_version() if mode not in ("grader", "none") else 0
     if mode == "landlock" and not landlock:
         raise WallError("sandbox: expected a kernel with Landlock (Linux 5.13 or newer, lsm=…,landlock), got none")
     if mode == "bubblewrap" and not is_installed():
@@ -87,7 +87,7 @@ def _describe_walls(limits: Limits, mode: Mode) -> WallsConfig:
         "mode": mode,
         "landlock": landlock,
         "as_root": as_root,
-        "user": choose_id() if as_root and mode not in ("namespaces", "judge") else None,
+        "user": choose_id() if as_root and mode not in ("namespaces", "grader") else None,
         "readable": [*readable, *find_packages(limits.packages)],
         "hidden": hidden,
         "cpu_s": limits.cpu_s,

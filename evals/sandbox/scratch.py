@@ -64,7 +64,7 @@ class _Level:
         self.entries = os.scandir(self.fd)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the folder and its listing."""
         self.entries.close()
         os.close(self.fd)
 

@@ -83,7 +83,7 @@ class Process:
                 signal.pidfd_send_signal(self._fd, number)
 
     def close(self) -> None:
-        """Let go of it; it is not ended."""
+        """Close the connection to it; it is not ended."""
         self._status.close()
         if self._fd >= 0:
             os.close(self._fd)
@@ -154,7 +154,7 @@ class Server:
         self._said = said.decode(errors="replace").strip()[-LINE_BYTES:]
 
     def forget(self) -> None:
-        """In a fork of the host: the server is the host's."""
+        """Drop the parent's server after a fork, without ending it."""
         self._socket.close()
 
 

@@ -38,7 +38,7 @@ from laguna_serve.evals.sandbox.walls.jail import NOT_WALLED
 # How often it is measured what a program has written where no mount bounds it.
 MEASURE_S = 0.05
 OBSTACLE_TRIES = 3
-# What the judge says of single tests (inside/grader.py), and where it is counted.
+# What the grader says of single tests (inside/grader.py), and where it is counted.
 SIGNS = {b"+": "passed", b"!": "weak", b"-": "failed", b"?": "unjudged", b"~": "unmet"}
 REMEDY = (
     "allow unprivileged user namespaces, install bubblewrap or boot a kernel with Landlock; or, on a throwaway machine,"

@@ -44,12 +44,17 @@ class Limits:
 class Trial:
     """What came of a program and its tests.
 
-    `weak`: tests passed for want of anything to check; `unjudged`: those of which nothing can be said; `unmet`: 1 where
-    the run as a whole lacks something; `ending`: the grader's last word, None if it had none; `record`: of the calls,
-    to compare other programs with; `probes`: which universal wrong answers pass, as published and strictly;
-    `exit_code`: the worker's, None if it was still running; `output`: the beginning of what both wrote to stdout and
-    stderr; `walls`: those that the worker has said to be up before it ran the program; `breach`: what the program was
-    ended for, having written too much or a report in the judge's name.
+    Attributes:
+        weak: tests passed for want of anything to check.
+        unjudged: tests of which nothing can be said.
+        unmet: 1 where the run as a whole lacks something.
+        ending: the grader's last word, None if it had none.
+        record: of the calls, to compare other programs with.
+        probes: which universal wrong answers pass, as published and strictly.
+        exit_code: the worker's, None if it was still running.
+        output: the beginning of what both wrote to stdout and stderr.
+        walls: those that the worker has said to be up before it ran the program.
+        breach: what the program was ended for, having written too much or a report in the grader's name.
     """
 
     passed: int = 0

@@ -171,7 +171,7 @@ class Run:
         self.observer.close()
 
 
-def judge(config: GraderConfig, wire_fd: int, report_fd: int) -> None:
+def run_grader(config: GraderConfig, wire_fd: int, report_fd: int) -> None:
     """Run config["test"] against the worker at the other end of the wire, or against the probes."""
     sys.path += config["packages"]
     os.environ.setdefault("HOME", "/")

@@ -74,7 +74,7 @@ def find_asserting(tree: ast.Module) -> set[str]:
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """As ast.walk, but not into lists and the like: HumanEval+'s tests hold lists of a hundred thousand numbers."""
+    """Walk as ast.walk, but not into lists and the like: HumanEval+'s tests have some of a hundred thousand numbers."""
     yield node
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.List | ast.Tuple | ast.Dict | ast.Set):
@@ -228,7 +228,7 @@ class _Watching(ast.NodeTransformer):
         return node if len(node.elts) > 64 else self.generic_visit(node)
 
     def _read_originals(self, node: ast.expr) -> ast.expr:
-        """Let an oracle's expression read the arguments as they were before the program had them."""
+        """Make an oracle's expression read the arguments as they were before the program had them."""
         if self._is_answer(node):
             return node
         return _Originals(self._names.arguments).visit(node)  # type: ignore[no-any-return]

@@ -123,7 +123,7 @@ class RemoteProgram(ObjectPeer):
     # The calls of its function.
 
     def call(self, number: int, operation: str, args: tuple[Any, ...], named: Named) -> Any:
-        """As it is, but that StopIteration of a function ends no loop of the tests', and the entry is observed."""
+        """Call it; StopIteration of a function ends no loop of the tests', and calls of the entry are observed."""
         observed = number == ENTRY and not operation
         outer = self._key, self._changed
         self._key, self._changed = "", False

@@ -1,7 +1,7 @@
-"""What the judge tells the host: messages that nobody else can write.
+"""What the grader tells the host: messages that nobody else can write.
 
 Every message is a line: a keyed hash of its number and its text, then the text. The key is the trial's own and known to
-the judge alone, so that a line by anyone else who reaches the channel, or one sent twice or left out, is recognised.
+the grader alone, so that a line by anyone else who reaches the channel, or one sent twice or left out, is recognised.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ KEY_BYTES, TAG_BYTES = 32, 16
 
 
 class ForgedError(ValueError):
-    """A line that the judge has not written."""
+    """A line that the grader has not written."""
 
 
 class Seal:
@@ -29,11 +29,11 @@ class Seal:
         """Read the next message's text from its line without the break.
 
         Raises:
-            ForgedError: the line is not the judge's.
+            ForgedError: the line is not the grader's.
         """
         tag, _, text = line.partition(b" ")
         if tag != self._next_tag(text):
-            raise ForgedError(f"expected a line by the judge, got {line[:60]!r}")
+            raise ForgedError(f"expected a line by the grader, got {line[:60]!r}")
         return text
 
     def _next_tag(self, text: bytes) -> bytes:

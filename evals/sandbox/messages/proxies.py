@@ -92,7 +92,7 @@ class Remote:
 
 
 def operate(remote: Remote, operation: str, *args: Any, **named: Any) -> Any:
-    """Have the other side do something with an object of its own."""
+    """Ask the other side for an operation on an object of its own."""
     mark_used(remote)
     peer: Peer = object.__getattribute__(remote, "_remote_peer")
     return peer.call(object.__getattribute__(remote, "_remote_number"), operation, args, named)

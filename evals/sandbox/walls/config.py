@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypedDict
 
-Mode = Literal["namespaces", "bubblewrap", "landlock", "none", "judge"]
+Mode = Literal["namespaces", "bubblewrap", "landlock", "none", "grader"]
 
 
 class WallsConfig(TypedDict):
-    """The walls around a process, and its limits; those of a judge are limits and a filter alone.
+    """The walls around a process, and its limits; those of a grader are limits and a filter alone.
 
     `landlock`: the version that the kernel has, 0 for none. `user`: the id to change to, where root started it.
     `readable`: (path, real path) of what may be read; `hidden`: folders within them that are to be empty.

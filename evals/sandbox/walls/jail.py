@@ -125,7 +125,7 @@ def _enter_user_namespace() -> None:
 
 
 def _watch(pid: int, fds: list[int]) -> None:
-    """In the parent of a fork: wait for the child and end as it did, kill it on SIGTERM. Returns in the child alone."""
+    """Wait for a fork's child and end as it did, kill it on SIGTERM. Returns in the child alone."""
     if not pid:
         return
     signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGKILL))
@@ -188,7 +188,7 @@ def restrict(config: JailConfig) -> list[str]:
     os.chdir(config["directory"])
     ruleset = make_ruleset(config) if config["landlock"] else None
     threads = config["threads"]
-    if mode not in ("namespaces", "judge"):
+    if mode not in ("namespaces", "grader"):
         needed = [*list_readable(config), os.path.dirname(config["directory"])]
         within_reach = mode == "bubblewrap" or all(map(is_open_to_others, needed))
         # A library in root's own folder is out of another user's reach otherwise; Landlock still says what is read.
@@ -209,7 +209,7 @@ def restrict(config: JailConfig) -> list[str]:
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_SIGPENDING: MAX_SIGNALS,
     }
-    if mode != "judge":  # numpy's threads are its own affair
+    if mode != "grader":  # numpy's threads are its own affair
         limits[resource.RLIMIT_NPROC] = threads
     for name, limit in limits.items():
         resource.setrlimit(name, (limit, limit))

@@ -76,7 +76,7 @@ def change_user(user: int, folder: str) -> bool:
 
 
 def set_capabilities(mask: int) -> None:
-    """Have these and no others, for good (the filter refuses to gain any by another program).
+    """Keep these capabilities and no others, for good (the filter refuses to gain any by another program).
 
     Raises:
         OSError: they cannot be had.

@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from humaneval_like import ADD, make_problem
 
 ATTEMPTS = Path(__file__).with_name("escape_attempts.py")
-# The program's answer is what the judge writes.
+# The program's answer is what the grader writes.
 ASK = make_problem("print(candidate(), flush=True)\nassert True")
 SOLUTION = ADD.prompt + str(ADD.canonical_solution)
 BYSTANDER = "import sys\nprint(flush=True)\nsys.stdin.read()\nprint('well')"
@@ -60,7 +60,7 @@ CONTROL = (
     *("files_read_secret", "files_write", "files_list", "files_attributes", "files_move", "network_sockets"),
     *("network_connect", "network_datagrams", "network_fifo", "kernel_queues", "processes_change", "processes_start"),
 )
-# Fork servers, judge and program, and the guards of the namespaces, or bubblewrap's own two in a server's place.
+# Fork servers, grader and program, and the guards of the namespaces, or bubblewrap's own two in a server's place.
 PROCESSES, START_S = {"namespaces": 6, "bubblewrap": 5, "landlock": 4}, 60
 libc = ctypes.CDLL(None, use_errno=True)
 

@@ -1,4 +1,4 @@
-"""Which walls there are: the choice among them, refusals, the judge's sealed report, and right programs behind each."""
+"""Which walls there are: the choice among them, refusals, the grader's sealed report, right programs behind each."""
 
 from __future__ import annotations
 
@@ -303,8 +303,8 @@ def test_filter_looks_at_arguments(machine: str) -> None:
 
 def test_seal_knows_its_own_lines_in_their_order() -> None:
     key = os.urandom(32)
-    judge, host = Seal(key), Seal(key)
-    lines = [judge.close(text).rstrip(b"\n") for text in (b"+", b"+", b'{"ending": "ended"}')]
+    grader, host = Seal(key), Seal(key)
+    lines = [grader.close(text).rstrip(b"\n") for text in (b"+", b"+", b'{"ending": "ended"}')]
     assert lines[0] != lines[1]
     assert [host.open(line) for line in lines] == [b"+", b"+", b'{"ending": "ended"}']
 
@@ -312,11 +312,11 @@ def test_seal_knows_its_own_lines_in_their_order() -> None:
 def test_seal_knows_others_lines() -> None:
     key = os.urandom(32)
     first, second = (Seal(key).close(b"+").rstrip(b"\n"), b"")
-    judge = Seal(key)
-    judge.close(b"-")
-    second = judge.close(b"+").rstrip(b"\n")
+    grader = Seal(key)
+    grader.close(b"-")
+    second = grader.close(b"+").rstrip(b"\n")
     for line in (b"", b"+", b"0" * 32 + b" +", first[:-1] + b"-", second, Seal(bytes(32)).close(b"+")[:-1]):
-        with pytest.raises(ForgedError, match="expected a line by the judge"):
+        with pytest.raises(ForgedError, match="expected a line by the grader"):
             Seal(key).open(line)
     host = Seal(key)
     host.open(first)
@@ -326,7 +326,7 @@ def test_seal_knows_others_lines() -> None:
 
 @pytest.mark.parametrize("text", [b"++++++\n", b"+", b'{"ending": "ended", "detail": "", "record": null}\n'])
 def test_forged_report_voids_the_verdict(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
-    """Should a program ever reach the judge's channel: here, somebody writes there before the judge."""
+    """Should a program ever reach the grader's channel: here, somebody writes there before the grader."""
     grading._baselines.clear()
     limits = Limits(walls=choose_walls())  # which tries them
     spawn = child.spawn
@@ -339,4 +339,4 @@ def test_forged_report_voids_the_verdict(monkeypatch: pytest.MonkeyPatch, text: 
     monkeypatch.setattr(child, "spawn", forge)
     found = grade(make_problem("assert candidate() == 1"), "def f():\n    return 1\n", limits)
     assert (found.passed, found.published, found.reward, found.status) == (False, False, 0.0, "died")
-    assert "report: expected a line by the judge" in found.detail
+    assert "report: expected a line by the grader" in found.detail
