@@ -41,7 +41,7 @@ NAMED_BY_CONTENT = re.compile(r"c[a-z2-7]{51}(\.main)?\.so")
 
 
 def apply() -> None:
-    """Have Inductor keep what it compiles, look there first, and compile beside itself; a second call does nothing."""
+    """Make Inductor keep what it compiles, look there first, and compile beside itself; a second call does nothing."""
     try:
         from torch._inductor import async_compile, config, cpp_builder
 

@@ -28,7 +28,7 @@ Dispatch = Callable[..., None]
 
 
 def accelerate_linear() -> None:
-    """Have linear layers loaded from now on use the op, where it is wanted and can be built; again changes nothing.
+    """Make linear layers loaded from now on use the op, where it is wanted and can be built; again changes nothing.
 
     The op is looked for when the first layer is loaded, in the process that computes.
     """

@@ -183,7 +183,7 @@ def _check_adoptable(old: Any, new: Any) -> None:
 
 
 def _adopt(old: Any, new: Any) -> None:
-    """Let the product that is compiled work with the new one's packed weights; the old ones are freed with `new`."""
+    """Make the compiled product work with the new one's packed weights; the old ones are freed with `new`."""
     theirs = _list_cells(new)
     for name, ours in _list_cells(old).items():
         if isinstance(ours, torch.Tensor):

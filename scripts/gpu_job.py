@@ -104,7 +104,7 @@ def fetch(source: str, ref: str | None, tree: Path) -> Path:
 
 
 def fetch_commit(source: str, ref: str | None, tree: Path) -> None:
-    """Have `tree` be a checkout of what the address has now; what an earlier job left there may be older, or another's.
+    """Make `tree` a checkout of what the address has now; what an earlier job left there may be older, or another's.
 
     Raises:
         JobError: Git cannot read the address, or has no such commit there.
@@ -123,7 +123,7 @@ def fetch_commit(source: str, ref: str | None, tree: Path) -> None:
 
 
 def fetch_branches(source: str, ref: str | None, tree: Path, git: Sequence[str]) -> str:
-    """Have all of an address's branches and tags in `tree`, and return Git's name there for `ref`.
+    """Fetch all of an address's branches and tags into `tree`; return Git's name there for `ref`.
 
     Raises CalledProcessError.
     """

@@ -124,7 +124,7 @@ def measure_curves(config: AcceptanceConfig) -> tuple[AcceptanceCurve, bool]:
 
 
 def describe_point(point: SweepPoint) -> CurvePoint:
-    """Of a sweep's point, what the drafter did."""
+    """Describe what the drafter did at a point of a sweep."""
     return CurvePoint(
         gamma=point.gamma,
         tau=point.tau,

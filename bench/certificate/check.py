@@ -117,7 +117,7 @@ def check_certificate(config: CheckConfig, environment: Environment) -> Certific
 
 
 def _find_weights(models: Mapping[str, str]) -> dict[str, str]:
-    """As `read_weights`; folders that are gone count as weights that are not here."""
+    """Find weights as `read_weights` does; folders that are gone count as weights that are not here."""
     weights: dict[str, str] = {}
     for role, name in models.items():
         try:

@@ -12,9 +12,10 @@ from msgspec import UNSET
 from laguna_serve.bench.certificate.locating import describe_rows
 from laguna_serve.bench.certificate.result import Certificate, Divergence, LoadResult
 from laguna_serve.bench.certificate.runner import ROW_CHECK
-from laguna_serve.bench.certificate.verdict import AGAIN, CLASSES, DEFECT, DRIFT_RATIO, IDENTICAL, ROW_MATCHED
+from laguna_serve.bench.certificate.verdict import AGAIN, DEFECT, DRIFT_RATIO, IDENTICAL, ROW_MATCHED
 from laguna_serve.bench.harness.prompts import describe_load
 from laguna_serve.bench.stats.intervals import bound_mismatch_rate
+from laguna_serve.bench.stats.parity import CLASSES
 from laguna_serve.serving.kit.environment import cite_environment
 from laguna_serve.serving.kit.tables import Table
 
@@ -132,7 +133,7 @@ def list_divergences(result: Certificate) -> list[Located]:
 
 
 def render_text(result: Certificate) -> str:
-    """For a terminal: verdict first."""
+    """Render the certificate for a terminal, the verdict first."""
     lines = ["", *textwrap.wrap(summarise(result), WIDTH), ""]
     lines.append(tabulate(result).to_text())
     lines.append("")

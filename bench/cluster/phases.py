@@ -86,7 +86,7 @@ def measure_loss(bench: Bench, killed: str, kill: Callable[[ReplicaState], None]
 
 
 def measure_scaling(bench: Bench, tables: JsonObject) -> Scaling:
-    """Let Ray start a second replica under load, and end it without; the application is deployed anew for that."""
+    """Measure how Ray adds a replica under load and ends it without; the application is deployed anew for that."""
     scaled = copy.deepcopy(tables)
     replicas: JsonObject = scaled["models"][0]["replicas"]
     replicas |= {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": bench.clients / 2}

@@ -233,7 +233,7 @@ def _measure(
     config: DiffusionConfig,
     progress: Progress,
 ) -> list[ProposerPoint]:
-    """Let every proposer and the reference take turns on one round of prompts after the other, each first in turn."""
+    """Measure every proposer and the reference in turns, a round of prompts after the other, each first in turn."""
     names: list[str | None] = [None, *proposers]
     rounds = [canvases[at : at + concurrency] for at in range(0, len(canvases) - concurrency + 1, concurrency)]
     progress.begin()

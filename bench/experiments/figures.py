@@ -154,7 +154,7 @@ def describe_moe(result: MoeResult, _folder: Path) -> list[str]:
 
 
 def describe_tiles(result: TilesTable, _folder: Path) -> list[str]:
-    """Of each row of the table what was chosen, and how much sooner than the shipped tiles it was done."""
+    """Describe which tiles were chosen for each row, and how much faster than the shipped ones they are."""
     lines = [f"{result.device}{', a plan' if result.plan else ''}"]
     for row in result.rows:
         shipped = row.candidates[0]

@@ -141,7 +141,7 @@ def render_todo() -> str:
 
 
 def show_command(step: Step) -> str:
-    """In code, or the words for a person."""
+    """Show a command as code, or what a person is to do in words."""
     if step.by_hand:
         return step.by_hand
     words = [f'"{word}"' if " " in word else word for word in fill(step.command, SHORT)]

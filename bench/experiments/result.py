@@ -94,5 +94,5 @@ class CampaignResult(Struct, frozen=True, kw_only=True, tag_field="schema", tag=
 
     @property
     def held(self) -> bool:
-        """Of what was run to its end, everything held; a budget that ended is no failure."""
+        """Say whether all that ran to its end held; a budget that ended is no failure."""
         return all(run.outcome in ("held", "stopped") for run in self.last_runs.values())

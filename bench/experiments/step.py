@@ -92,7 +92,7 @@ def list_named(command: Sequence[str], given: Iterable[str]) -> list[str]:
 
 
 def shorten_command(command: Sequence[str], out: Path) -> list[str]:
-    """As a person would repeat it in the repository's folder; the campaign's own, `out`, is DIR."""
+    """Shorten a command to what a person would repeat in the repository's folder; the campaign's own, `out`, is DIR."""
     own = str(out.resolve())
     return [
         "python" if word == sys.executable else word.replace(own, "DIR").replace(f"{ROOT}/", "") for word in command

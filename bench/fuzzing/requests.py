@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from laguna_serve.bench.fuzzing.result import SentRequest
-from laguna_serve.bench.fuzzing.values import CHARACTERS, JUNK, MESSAGES, PROMPTS, VALUES, JsonObject
+from laguna_serve.bench.fuzzing.values import CHARACTERS, JUNK, MESSAGES, PROMPTS, VALUES
+from laguna_serve.serving.kit.results import JsonObject
 
 # Route → parameter → its JSON schema.
 Parameters = dict[str, dict[str, JsonObject]]
@@ -53,7 +54,7 @@ class Request:
 
 
 def list_parameters(openapi: JsonObject) -> Parameters:
-    """Of every POST route that takes JSON."""
+    """List the parameters of every POST route that takes JSON."""
     schemas = openapi["components"]["schemas"]
     routes: Parameters = {}
     for route, methods in openapi["paths"].items():

@@ -90,7 +90,7 @@ def measure_missing(
 def choose_sweep_order(
     config: SweepConfig, specs: Sequence[ArmSpec], prompts: Sequence[Prompt], progress: Progress
 ) -> Order:
-    """For two engines under this sweep's load."""
+    """Choose whether two engines run together under this sweep's load."""
     load = Load.of(prompts, config.max_tokens, max(config.concurrency))
     return choose_order(specs, config.sequential, load, progress.say)
 

@@ -39,7 +39,7 @@ class Load:
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], max_tokens: int, sequences: int) -> Load:
-        """Of prompts that are answered with so many tokens each."""
+        """Make the load of prompts answered with `max_tokens` each."""
         longest = max((len(prompt.text.encode()) for prompt in prompts), default=0)
         added = TEMPLATE_TOKENS if any(prompt.chat is not None for prompt in prompts) else 0
         return cls(longest // CHARACTERS + added + max_tokens, sequences)

@@ -56,7 +56,7 @@ class Scenario:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """In order, a group's copies one by one."""
+        """List the prompts in order, a group's copies one by one."""
         return [prompt for prompts in self.rounds for prompt in prompts]
 
     @property

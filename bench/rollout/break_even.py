@@ -103,5 +103,5 @@ def find_tau_interval(turns: Sequence[Turn], seed: int) -> tuple[float, float]:
 
 
 def find_prices(rates: Mapping[str, float], per_hour: float | None) -> dict[str, float] | None:
-    """Of a million tokens at each rate (tok/s), in the currency of the hour's price; None without one."""
+    """Find the price of a million tokens at each rate (tok/s), in the hour's currency; None without one."""
     return None if per_hour is None else {name: per_hour / 3600 / rate * 1e6 for name, rate in rates.items()}

@@ -65,7 +65,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, tuple[int, ...]], expected:
 
 
 async def give_version(session: aiohttp.ClientSession, arm: Arm, name: str, folder: Path) -> None:
-    """Let the arm's engine serve a version from here on, and check that it says so.
+    """Switch the arm's engine to a version of the weights, and check that it says so.
 
     Raises:
         EngineError, EndpointError: the engine died, or refused a step.

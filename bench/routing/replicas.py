@@ -54,7 +54,7 @@ class Replica:
         return len(self._ends)
 
     def advance(self, now_s: float) -> None:
-        """Let those end whose time has come."""
+        """End the requests whose time has come."""
         while self._ends and self._ends[0] <= now_s:
             heapq.heappop(self._ends)
 

@@ -175,7 +175,7 @@ class _Run:
 
     @property
     def room_gib(self) -> float:
-        """Of the group in which one model makes way for the other."""
+        """Return the memory of the group in which one model makes way for the other, in GiB."""
         return HEADROOM * max(self.held_gib.values())
 
     def ask_side_by_side(self) -> None:

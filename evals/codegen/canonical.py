@@ -56,7 +56,7 @@ class Checked:
 
     @property
     def passes(self) -> bool:
-        """In the strict sense."""
+        """Say whether the solution passes in the strict sense."""
         return self.grade is not None and self.grade.passed
 
 

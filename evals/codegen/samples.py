@@ -66,5 +66,5 @@ class GradeLine(Line, frozen=True, kw_only=True):
 
     @property
     def grade(self) -> Grade:
-        """As grading.py gave it."""
+        """Return the grade as grading.py gave it."""
         return Grade(**{name: getattr(self, name) for name in Grade.__dataclass_fields__})

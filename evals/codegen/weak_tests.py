@@ -63,7 +63,7 @@ def find_weaknesses(problems: Sequence[Problem], limits: Limits, report: Callabl
 
 
 def tell_weaknesses(found: Sequence[Weakness]) -> list[str]:
-    """In lines: a sentence on all of them, then a line for each problem that is concerned."""
+    """Describe weak tests in lines: a sentence on all of them, then a line for each problem that is concerned."""
     published = [weakness for weakness in found if weakness.published]
     strict = [weakness for weakness in found if weakness.strict]
     faults = [weakness for weakness in found if weakness.fault]

@@ -60,7 +60,7 @@ async def read_prompts(
 
 
 async def check_tokenizer(name: str, endpoint: ScoringEndpoint, prompts: Sequence[Prompt], kept: KeptPrompts) -> None:
-    """Have an endpoint read every prompt's text, which must give the tokens that the baseline's engine read.
+    """Check that an endpoint reads every prompt's text as the tokens that the baseline's engine read.
 
     Raises:
         EndpointError: it reads other ones, or a request failed.

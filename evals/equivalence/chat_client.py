@@ -20,7 +20,7 @@ class ChatClient(Client):
     ROUTE: ClassVar = "/v1/chat/completions"
 
     async def probe(self, prompt: Prompt | str | Sequence[int], logprobs: int = 2) -> Probe:
-        """As a raw completion's.
+        """Probe a chat's answer as the client of raw completions does.
 
         Raises:
             EndpointError: the request failed.

@@ -53,7 +53,7 @@ class Worker:
         self._served = 0
 
     def read(self, answer: str, problem: Problem, form: Form) -> Extracted:
-        """Have one answer read; afterwards `alive` says whether the worker can serve another."""
+        """Read one answer in the worker; afterwards `alive` says whether the worker can serve another."""
         # Not the tests, which may be large and are of no use to it.
         asked = replace(problem, test="", base_test="", canonical_solution=None)
         request = {"answer": answer, "form": form, "problem": asdict(asked)}
@@ -114,7 +114,7 @@ _idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 
 
 def read_safely(answer: str, problem: Problem, form: Form) -> Extracted:
-    """Have an answer read by an idle worker, or a new one. Blocking; may be called from several threads at once."""
+    """Read an answer in an idle worker, or a new one. Blocking; may be called from several threads at once."""
     worker = _take()
     found = worker.read(answer, problem, form)
     if worker.alive:
@@ -140,7 +140,7 @@ def stop_workers() -> None:
 
 
 def _forget() -> None:
-    """In a fork of the host: the workers are the host's."""
+    """Drop the parent's workers after a fork, without ending them."""
     global _idle
     _idle = queue.SimpleQueue()
 

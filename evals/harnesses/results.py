@@ -180,7 +180,7 @@ def _read_lm_eval(data: bytes, path: Path, suites: Sequence[Suite]) -> Iterator[
 
 
 def _join_versions(task: str, leaves: Sequence[str], versions: dict[str, int | float | str]) -> str:
-    """As "1", or of a group "2, its 14 tasks 3.1"."""
+    """Join versions as "1", or for a group "2, its 14 tasks 3.1"."""
     if list(leaves) == [task]:
         return str(versions.get(task, "unknown"))
     counts = Counter(str(versions.get(leaf, "unknown")) for leaf in leaves)

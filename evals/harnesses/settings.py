@@ -40,7 +40,7 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def split(self) -> str:
-        """Of MBPP's suites the split that is asked, else ""."""
+        """Return the split that one of MBPP's suites asks, else ""."""
         return self.splits[-1] if self.data == "mbpp" else ""
 
 

@@ -76,7 +76,7 @@ def find_differences(cells: Sequence[Cell]) -> list[str]:
 
 
 def render_text(table: SuitesResult) -> str:
-    """In columns, with the settings below."""
+    """Render the results in columns, with the settings below."""
     return "\n".join([_tabulate(table).to_text(), "", *_list_pairs(table), *_list_notes(table)])
 
 

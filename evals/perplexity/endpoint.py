@@ -138,7 +138,7 @@ async def open_endpoint(
 
 
 async def check_vocabulary(endpoint: ScoringEndpoint, rows: Sequence[Row], source: str) -> None:
-    """Have the endpoint read the largest id of all: it knows its vocabulary, and says so if that is beyond it.
+    """Check the largest id by having the endpoint read it: it knows its vocabulary, and says so if that is beyond it.
 
     Raises:
         EndpointError: the id was refused; the message tells where it is.

@@ -55,6 +55,6 @@ def find_number(where: str, row: JsonObject) -> int:
 
 
 def describe_split(split: str) -> str:
-    """In words, as "test (task ids 11 to 510)"."""
+    """Describe a split in words, as "test (task ids 11 to 510)"."""
     first, last = SPLITS[split]
     return f"{split} (task ids {first} to {last})"

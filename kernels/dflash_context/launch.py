@@ -143,7 +143,7 @@ class Context:
 
 
 def make_context(weights: Weights) -> Context | None:
-    """Have a drafter's context made by one call; None, with a warning, where that cannot be built."""
+    """Prepare a drafter's context to be made by one call; None, with a warning, where that cannot be built."""
     library, product = _load_library(), load_product()
     return None if library is None or product is None else Context(weights, library, product)
 

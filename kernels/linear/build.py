@@ -56,7 +56,7 @@ def load_library() -> Callable[..., int] | None:
 
 
 def _register(product: Any) -> None:
-    """Have torch call the product for the op, from the next call on, without Python in between.
+    """Make torch call the product for the op, from the next call on, without Python in between.
 
     Raises:
         BuildError: no compiler, or it failed.

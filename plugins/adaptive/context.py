@@ -93,7 +93,7 @@ class WaitingContext:
         owners: Sequence[str],
         kept: torch.Tensor | None,
     ) -> None:
-        """Let a step's rows wait.
+        """Queue a step's rows for the next write.
 
         taps: each [≥ rows, hidden], new in every step; positions and slots [rows], buffers of the runner that the next
         step overwrites; owners: the request of each row; kept: the rows that hold committed tokens, None for all.
@@ -137,7 +137,7 @@ class WaitingContext:
         return number
 
     def _allocate(self, places: int, like: torch.Tensor) -> None:
-        """Have so many places, with what is in those that are taken; hidden states are `like` these."""
+        """Grow the buffers to `places` rows, keeping those in use; hidden states are `like` these."""
         end = self._end
         states, positions, slots = like.new_empty(places, like.shape[1]), *torch.empty(2, places, dtype=torch.int64)
         owners, alive = np.empty(places, np.int64), np.empty(places, np.bool_)

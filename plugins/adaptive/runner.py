@@ -132,7 +132,7 @@ class AdaptiveModelRunner(DraftingModelRunner):
             self.speculative_config = speculation
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
-        """Have drafts proposed whenever there is a drafter: whether they fit is decided there."""
+        """Say yes, so that drafts are proposed whenever there is a drafter: whether they fit is decided there."""
         self._fits = super()._input_fits_in_drafter(common_attn_metadata)
         return common_attn_metadata is not None
 

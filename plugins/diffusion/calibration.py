@@ -44,7 +44,7 @@ def calibrate(decoder: Decoder, source: Source, canvases: Iterable[Canvas], most
 def measure_next_commits(
     teacher: Llada, student: Llada, canvases: Iterable[Canvas], reference: Reference
 ) -> tuple[float, float]:
-    """Of the target's steps, the shares at which the student would commit at the same position, and the same state.
+    """Measure in what share of the target's steps the student would commit at the same position, and the same state.
 
     Along the target's own decode of the canvases, one token a step.
     """

@@ -71,7 +71,7 @@ def fold(matrices: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def keep_product(model: Any, weight: torch.Tensor) -> None:
-    """Have a model multiply with a matrix [N, K] as its linear layers do; again for its new values.
+    """Make a model multiply with a matrix [N, K] as its linear layers do; again for its new values.
 
     It is a module, so that new weights reach it and digests count it (plugins/staging.py, weight_digests.py).
     """
@@ -129,7 +129,7 @@ def write_context(
 
 
 def find_context(model: Any) -> Context | None:
-    """Have a drafter's context made by one call, where all of it is in bfloat16 and linear layers are by our op."""
+    """Find the one call for a drafter's context, where all of it is in bfloat16 and linear layers are by our op."""
     fc, product = getattr(model, "fc", None), getattr(model, "context_product", None)
     if fc is None or product is None or not takes_over() or not isinstance(fc.quant_method, UnquantizedLinearMethod):
         return None
@@ -190,7 +190,7 @@ class StoresTaps:
 
 
 def replace_context(model: Any) -> None:
-    """Have a loaded drafter's model make its context as above."""
+    """Make a loaded drafter's model compute its context as above."""
     for name, function in (
         ("_build_fused_kv_buffers", build_context_buffers),
         ("precompute_and_store_context_kv", store_context),

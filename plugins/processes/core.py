@@ -30,7 +30,7 @@ TRIAL_S = 5
 
 
 def fork_core() -> None:
-    """Have engine cores forked where that is safe; calling it again changes nothing."""
+    """Make engine cores fork where that is safe; calling it again changes nothing."""
     try:
         from vllm.v1.engine import utils
 

@@ -20,7 +20,7 @@ THREADS = 2
 
 
 def share_devices() -> None:
-    """Have groups of one share a device of gloo's; calling it again changes nothing."""
+    """Make groups of one share a device of gloo's; calling it again changes nothing."""
     from torch import distributed
 
     gloo: Any = distributed.ProcessGroupGloo  # of whose options its stub says nothing

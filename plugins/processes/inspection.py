@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 
 
 def inspect_here() -> None:
-    """Have model classes asked in this process; calling it again changes nothing."""
+    """Make vLLM inspect model classes in this process; calling it again changes nothing."""
     try:
         from vllm.model_executor.models import registry
 

@@ -31,7 +31,7 @@ call_with_room.__code__ = call_with_room.__code__.replace(co_stacksize=SLOTS)
 
 
 def give_room() -> None:
-    """Have engine cores of this process and its forks run with room, once their module is imported; twice is once."""
+    """Give engine cores of this process and its forks a larger stack, once their module is imported; twice is once."""
     module = sys.modules.get(CORE)
     for name in LOOPS:
         loop = vars(getattr(module, name, object)).get("run_busy_loop")

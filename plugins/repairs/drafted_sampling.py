@@ -53,7 +53,7 @@ class BonusMinTokens(processors.MinTokensLogitsProcessor):  # type: ignore[misc]
     """`min_tokens` on bonus rows, with the drafts before them counted."""
 
     def __init__(self, stock: processors.MinTokensLogitsProcessor, num_drafts: list[int]) -> None:
-        """Of the stock processor, whose state is read, and the number of drafts per request of this step."""
+        """Take the stock processor, whose state is read, and the number of drafts per request of this step."""
         self.stock, self.num_drafts = stock, num_drafts
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
@@ -211,7 +211,7 @@ class Drawn:
 def _draw_seeded(
     self: RejectionSampler, target: torch.Tensor, metadata: SpecDecodeMetadata, generators: dict[int, torch.Generator]
 ) -> dict[int, Drawn]:
-    """For every request with a seed and drafts, what plain sampling would draw, a token after the other."""
+    """Draw, for every request with a seed and drafts, what plain sampling would, a token after the other."""
     drafts = metadata.draft_token_ids.tolist()
     drawn = {}
     for row, (start, end) in enumerate(pairwise(accumulate(metadata.num_draft_tokens, initial=0))):

@@ -25,7 +25,7 @@ class _OnRunnerV2:
 
 
 def apply() -> None:
-    """Let the check pass for an engine whose worker records; calling it again changes nothing."""
+    """Make the check pass for an engine whose worker records; calling it again changes nothing."""
     from vllm.config import VllmConfig
 
     stock = VllmConfig._verify_aux_output_compatibility

@@ -33,7 +33,7 @@ class MirroredSource(ABC):
 
     @property
     def files(self) -> list[str]:
-        """Of its tensors, in the order in which they are written."""
+        """List the files of its tensors, in the order in which they are written."""
         return sorted({entry.file for entry in self.tensors.values()})
 
     @abstractmethod

@@ -216,7 +216,7 @@ def write_described(output: Output, name: str, content: Mapping[str, Any] | byte
 
 
 def save_checkpoint(folder: Path, save: Callable[[Path], object]) -> None:
-    """Have `save` write a checkpoint into a folder of its own, then move its files into `folder`, config.json last.
+    """Save a checkpoint by `save` in a folder of its own, then move its files into `folder`, config.json last.
 
     What is in `folder` stays until the new one is written; then its weights go.
 

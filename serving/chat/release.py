@@ -81,7 +81,7 @@ def read_given_template(given: str) -> str:
 
 
 def assume_release(hub_id: str) -> Release:
-    """For a hub id that is not on this machine: Poolside's own Laguna models all have tools and thinking.
+    """Assume what a hub id that is not here can do: Poolside's own Laguna models all have tools and thinking.
 
     Of S-2.1 it is on where nobody says otherwise.
     """
@@ -93,7 +93,7 @@ def assume_release(hub_id: str) -> Release:
 
 
 def _find_missing_tokens(folder: Path) -> tuple[str, ...]:
-    """Of REASONING_TOKENS; none without a tokenizer.json, as vLLM has other ways to read a tokenizer."""
+    """Find which of REASONING_TOKENS are missing; none without a tokenizer.json, as vLLM has other ways to read one."""
     path = folder / "tokenizer.json"
     if not os.path.lexists(path):
         return ()

@@ -162,7 +162,7 @@ def _opens_thinking(prompt: str) -> bool:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """As transformers' filter: unlike Jinja's own it does not escape for HTML."""
+    """Dump a value as transformers' filter does: unlike Jinja's own it does not escape for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 

@@ -171,7 +171,7 @@ def _read_head_rank(folder: Path, dflash: Fields) -> int | None:
 
 
 def _read_block_size(fields: Fields, dflash: Fields) -> int:
-    """In ``dflash_config`` where Laguna's are published, at the top where others are."""
+    """Read it from ``dflash_config`` where Laguna's are published, from the top where others are."""
     inner, outer = dflash.config.get("block_size"), fields.config.get("block_size")
     if inner is None:
         if outer is None:

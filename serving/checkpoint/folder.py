@@ -59,7 +59,7 @@ def _is_readable_folder(path: Path, name: str) -> bool:
 
 
 def require_folder(name: str, *, config_alone: bool = False) -> Path:
-    """As `find_folder`, for what reads the files itself: a hub id that is not cached is a CheckpointError, too.
+    """Find a folder whose files are read here: a hub id that is not cached is a CheckpointError, too.
 
     Args:
         name: a folder or a hub id.

@@ -79,7 +79,7 @@ class Target:
 
     @property
     def plain(self) -> bool:
-        """In stock layout and unquantised, as transformers and vLLM themselves read it."""
+        """Say whether it is in stock layout and unquantised, as transformers and vLLM themselves read it."""
         return self.architecture == STOCK and self.quantisation is None
 
     @property

@@ -89,7 +89,7 @@ class Record:
         return self.text.encode("utf-8", "surrogatepass")
 
     def freeze(self) -> RequestRecord:
-        """As results keep it."""
+        """Return the immutable record that result files hold."""
         return RequestRecord(
             prompt_id=self.prompt_id,
             started_ns=self.started_ns,

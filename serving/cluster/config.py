@@ -26,10 +26,13 @@ Delay = Annotated[float, Field(ge=0, le=86_400)]
 class Replicas(ConfigTable):
     """How many engines a model has, and what each needs of a machine.
 
-    Ray adds replicas while they have more than `target_ongoing_requests` each, for `upscale_delay_s`, and ends some
-    when they have had fewer for `downscale_delay_s`; it averages over `look_back_period_s`. A replica takes at most
-    `max_ongoing_requests` at once, and has `shutdown_timeout_s` to finish those that it has when it is ended.
-    `num_cpus` and `num_gpus` are what Ray sets aside for one; without `num_gpus` its engine sees no GPU.
+    Attributes:
+        target_ongoing_requests: Ray adds replicas while they have more than this each.
+        max_ongoing_requests: a replica takes at most so many at once.
+        upscale_delay_s, downscale_delay_s: for how long there must be more, or fewer, before Ray adds or ends replicas.
+        look_back_period_s: over which Ray averages.
+        num_cpus, num_gpus: what Ray sets aside for a replica; without `num_gpus` its engine sees no GPU.
+        shutdown_timeout_s: for a replica that is ended to finish its requests.
     """
 
     min_replicas: Count = 1

@@ -199,11 +199,11 @@ class WeightKeeper:
         self._members[model] |= {r.replica: Member(now_s, r.told) for r in replies if r.replica in self._members[model]}
 
     async def _call(self, model: str, method: str, argument: object) -> dict[str, str]:
-        """Have every replica that has joined do something, once; what went wrong, by replica."""
+        """Call every replica that has joined, once; returns what went wrong, by replica."""
         return list_errors(await self._gather(model, method, argument))
 
     async def _gather(self, model: str, method: str, argument: object) -> list[Reply]:
-        """Have every replica that has joined do something, once; what they say to it.
+        """Call every replica that has joined, once; returns their answers.
 
         One that does not answer in time is struck off, and is no error: it has died, or will be replaced.
         """

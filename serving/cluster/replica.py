@@ -119,7 +119,7 @@ class Replica:
         return ReplicaState(self._id, node, os.getpid(), self._gateway.url, self._epoch, self._told)
 
     async def hold(self, operation: str, mode: str) -> Reply:
-        """Let new requests wait, and pause the engine with those that it has."""
+        """Hold new requests back, and pause the engine with those that it has."""
         return await self._once(operation, lambda: self._take([(f"/pause?mode={mode}", None)]))
 
     async def load(self, operation: str, new: NewWeights) -> Reply:

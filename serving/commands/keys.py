@@ -210,7 +210,7 @@ def _tell_names(names: list[str], wanted: str) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Let nobody else change the file meanwhile; the lock is a file beside it, as the file itself is replaced.
+    """Keep others from changing the file meanwhile; the lock is a file beside it, as the file itself is replaced.
 
     Raises:
         KeysError: there is no folder for it, or one that is closed.

@@ -149,7 +149,7 @@ def _names_cause(lines: list[str], index: int) -> bool:
 
 
 def _describe_crash(lines: list[str], crashes: list[int]) -> str:
-    """Of the crash: its name, and the innermost Python function where faulthandler names one."""
+    """Describe the crash: its name, and the innermost Python function where faulthandler names one."""
     index = next((i for i in reversed(crashes) if lines[i].startswith("Fatal")), crashes[-1])
     match = CRASH.match(lines[index])
     assert match is not None

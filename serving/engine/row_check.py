@@ -51,7 +51,7 @@ class FirstDifference(msgspec.Struct, frozen=True, kw_only=True):
     ulps: float
 
     def describe(self) -> str:
-        """In a sentence without a full stop."""
+        """Describe the outcome in a sentence without a full stop."""
         name = self.module if self.side == "output" else f"the code before {self.module}"
         calls = f", calls {', '.join(self.operations)}" if self.operations else ""
         alone, beside = (" ".join(map(str, shapes)) for shapes in (self.inputs_alone, self.inputs))

@@ -42,13 +42,13 @@ class Spares:
         self._environment: Mapping[str, str] = {}
 
     def want(self, wanted: bool) -> None:
-        """Have one from the next engine on, or none from now on; it does not wait."""
+        """Ask for a spare from the next engine on, or for none from now on; it does not wait."""
         self._wanted = wanted
         if not wanted and self._process is not None:
             threading.Thread(target=self._drop, name="spare").start()
 
     def prepare(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Have one for the next engine, if it is wanted and there is room, like one that runs now."""
+        """Start a spare for the next engine, if it is wanted and there is room, like one that runs now."""
         with self._lock:
             if not self._wanted or not _is_server(command) or self._fits(environment):
                 return
@@ -70,7 +70,7 @@ class Spares:
     def take(
         self, command: Sequence[str], environment: Mapping[str, str], *, grace_s: float, log: Path
     ) -> subprocess.Popen[bytes] | None:
-        """Let the spare run a server's command; None where there is none, or none that fits."""
+        """Start a server's command in the spare; None where there is none, or none that fits."""
         with self._lock:
             if not _is_server(command) or not self._fits(environment):
                 return None

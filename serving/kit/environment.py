@@ -120,7 +120,7 @@ def read_versions() -> dict[str, str]:
 
 
 def list_environment(environment: Environment) -> list[str]:
-    """As a list in Markdown."""
+    """Return the environment as a list in Markdown."""
     shown = msgspec.to_builtins(environment)
     if environment.rates is not None:
         shown["rates"] = list_rates(environment.rates)

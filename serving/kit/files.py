@@ -30,7 +30,7 @@ def expand(name: str) -> Path:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make the file at the path that it is given, then sync it and rename it to `path`.
+    """Write a file by `write`, which gets another path; then sync it and rename it to `path`.
 
     A file that was there leaves it its mode, and its owner and group where that is permitted.  Devices and pipes are
     written to, and stay what they are.

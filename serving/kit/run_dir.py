@@ -135,7 +135,7 @@ def hold_folders(*folders: Path) -> Iterator[None]:
 
 
 def hold_out(act: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
-    """Have a function hold its configuration's `out` (`hold_folder`) from its first line to its last.
+    """Make a function hold its configuration's `out` (`hold_folder`) from its first line to its last.
 
     Raises:
         RunDirError: another run holds it, or it can be no folder (`check_out`).

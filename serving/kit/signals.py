@@ -26,7 +26,7 @@ def interrupt_on_signals(*, hangup: bool = False) -> None:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM make `check_signals` raise KeyboardInterrupt, for as long as this lasts.
+    """Defer SIGINT and SIGTERM: they make `check_signals` raise KeyboardInterrupt, for as long as this lasts.
 
     Then the handlers are as before. A second signal raises at once.
 

@@ -122,7 +122,7 @@ def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
 
 
 def _plan_diffusion(config: EngineConfig, model: DiffusionModel, device: Device, api_key: str | None) -> Launch:
-    """As `plan_launch`, for a masked diffusion model, which has an engine of its own.  Raises CheckpointError, too."""
+    """Plan a masked diffusion model, which has an engine of its own.  Raises CheckpointError, too."""
     require_files(config, model)
     port = find_port(config.host) if config.port is None else require_port(config.host, config.port)
     weights = model.parameters * value_bytes(model.dtype)

@@ -250,7 +250,7 @@ def check_use(name: str, config: ConfigJson, keep_mask: str | None) -> None:
 
 
 def describe_kind(quantisation: Quantisation) -> str:
-    """For people: "FP8 (float-quantized)"."""
+    """Describe the kind for people: "FP8 (float-quantized)"."""
     return quantisation.name if quantisation.kind == OTHER else f"{quantisation.kind.upper()} ({quantisation.name})"
 
 

@@ -109,7 +109,7 @@ class _LastAcceptance:
 
 
 def _keep_serving(keeper: Keeper, front: Front | None, acceptance: _LastAcceptance, *, restart: bool) -> bool:
-    """Until a signal (False), or until the engine has died for good (True)."""
+    """Keep serving until a signal (False), or until the engine has died for good (True)."""
     watch = _watch(keeper.engine)
     try:
         while True:

@@ -223,7 +223,7 @@ def _find_other_form(target: Target, drafter: Drafter) -> str | None:
 
 
 def _last_part(name: str) -> str:
-    """Of a hub id, a folder, or a folder of the hub's cache (…/models--org--name/snapshots/revision)."""
+    """Return the last part of a hub id or folder, also of the hub's cache (…/models--org--name/snapshots/revision)."""
     for part in Path(name).parts:
         if part.startswith("models--"):
             return part.rpartition("--")[2].lower()

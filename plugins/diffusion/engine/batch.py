@@ -66,7 +66,7 @@ class Batch:
         self._failed = 0
 
     def add(self, request: Request) -> Job:
-        """Let a request join the next pass."""
+        """Add a request to the next pass."""
         job = Job(request, Run.begin(request.canvas, request.reference, request.stop, request.limit, request.listed))
         self.jobs.append(job)
         return job

@@ -187,7 +187,7 @@ class Engine:
                 self._on_death()
 
     def _take_in(self) -> bool:
-        """Let go what was cancelled and admit what there is room for; False when there is nothing to do any more."""
+        """Drop what was cancelled and admit what there is room for; False when there is nothing to do any more."""
         with self._changed:
             while True:
                 if self._stopping:

@@ -72,7 +72,7 @@ class Compaction:
 
     @property
     def dtypes(self) -> tuple[str, str | None]:
-        """Of blocks and of their scales, None without any, in safetensors' spelling."""
+        """Return the dtypes of blocks and of their scales, None without any, in safetensors' spelling."""
         if self.format != FP8:
             return self.base.dtype, None
         return "F8_E4M3", self.base.scale_dtype or SCALE_DTYPE

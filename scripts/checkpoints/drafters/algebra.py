@@ -69,7 +69,7 @@ class Conversion:
 def to_speculators(
     config: ConfigJson, tensors: Tensors, head: torch.Tensor, vocabulary: torch.Tensor | None, verifier: str
 ) -> Conversion:
-    """From Laguna's format.
+    """Convert a drafter from Laguna's format to speculators'.
 
     Args:
         config, tensors: of the drafter.

@@ -105,7 +105,7 @@ def describe_speculators(
 
 
 def read_block_size(config: ConfigJson) -> int:
-    """In ``dflash_config``, or at the top, where other drafters have it."""
+    """Read it from ``dflash_config``, or from the top, where other drafters have it."""
     inner = config["dflash_config"].get("block_size")
     return int(config["block_size"] if inner is None else inner)
 

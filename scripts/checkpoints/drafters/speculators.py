@@ -83,7 +83,7 @@ class SpeculatorsDrafter(LagunaDrafter):
     def propose(
         self, anchor: int, hidden_states: torch.Tensor, gamma: int, embedding: torch.Tensor, head: torch.Tensor
     ) -> list[int]:
-        """As `Drafter.propose`, in the target's tokens."""
+        """Propose as `Drafter.propose` does, in the target's tokens."""
         drafted = super().propose(anchor, hidden_states, gamma, embedding, head)
         tokens: list[int] = self.get_buffer("vocabulary")[drafted].tolist()
         return tokens

@@ -95,7 +95,7 @@ class HeldOut:
     learned: bool = False
 
     def describe(self) -> str:
-        """For the result and the model's card."""
+        """Describe the text for the result and the model's card."""
         if self.learned:
             return f"{self.source}, which was trained on: it has too few documents to set one in {ONE_ASIDE_IN} aside"
         return f"one in {ONE_ASIDE_IN} documents of {self.source}" if self.aside else self.source

@@ -104,7 +104,7 @@ def find_gains(result: DrafterTrainResult) -> list[float]:
 
 
 def format_plan(plan: DrafterTrainPlan) -> str:
-    """For people: a line for each thing that is needed."""
+    """Format the plan, a line for each thing that is needed."""
     generated = f", {plan.missing} of {plan.generated} still to be generated" if plan.generated else ""
     rows = [
         ("target", f"{plan.target}, taps {', '.join(map(str, plan.taps))}"),
@@ -120,7 +120,7 @@ def format_plan(plan: DrafterTrainPlan) -> str:
 
 
 def format_result(result: DrafterTrainResult) -> str:
-    """For people: the table of acceptance."""
+    """Format the table of acceptance."""
     lines = [
         f"{result.out}: {result.format} format, {result.parameters:,} parameters, {result.steps} steps of {result.loss}"
         f" on {result.answers:,} answers ({result.tokens:,} tokens)",

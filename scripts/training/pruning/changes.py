@@ -130,7 +130,7 @@ def find_strengths(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def changed(model: Any, shape: ExpertShape, change: Change) -> Iterator[None]:
-    """Let the model have its experts changed; at the end it is as it was."""
+    """Change the experts of the model for as long as this lasts; at the end it is as it was."""
     parts = [model.model.layers[layer].mlp for layer in shape.layers]
     before = [(part.experts, part.gate.e_score_correction_bias.data) for part in parts]
     try:

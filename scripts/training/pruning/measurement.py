@@ -16,7 +16,7 @@ from laguna_serve.plugins.pruning import ExpertShape
 from laguna_serve.scripts.text.rows import TextRows, read_rows
 from laguna_serve.scripts.training.devices import require_device
 from laguna_serve.scripts.training.pruning.artefacts import ScoresSource
-from laguna_serve.scripts.training.pruning.plan import GIB, ScoringPlan
+from laguna_serve.scripts.training.pruning.plan import ScoringPlan
 from laguna_serve.scripts.training.pruning.scores import SCORES, ExpertSums, find_constants, rank_mone, rank_reap
 from laguna_serve.scripts.training.pruning.streaming.layers import Layers
 from laguna_serve.scripts.training.pruning.streaming.passes import Passes
@@ -26,6 +26,7 @@ from laguna_serve.serving.checkpoint import read_config
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.run_dir import claim_folder, fingerprint
+from laguna_serve.serving.machine.memory import GIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class ExpertSums:
 
     @classmethod
     def of_weights(cls, gate_up: torch.Tensor, down: torch.Tensor) -> ExpertSums:
-        """Of no token yet.  gate_up [E, 2N, H], down [E, H, N]: the layer's weights."""
+        """Start scores of no token yet.  gate_up [E, 2N, H], down [E, H, N]: the layer's weights."""
         E, H, N = down.shape
 
         def zeros(*size: int) -> torch.Tensor:

@@ -57,7 +57,7 @@ def read_flags_and_json(
     description: str | None,
     epilog: str | None = None,
 ) -> tuple[C, bool]:
-    """As read_flags, for a command that ends in `print_result`: the configuration, and whether `--json` was given."""
+    """Read flags of a command that ends in `print_result`: the configuration, and whether `--json` was given."""
     parser = Parser(prog=prog, description=description, epilog=epilog)
     add_flags(parser, config)
     add_json_flag(parser)

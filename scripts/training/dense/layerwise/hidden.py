@@ -70,7 +70,7 @@ class HiddenStates:
 
     @torch.no_grad()
     def advance(self, to: int) -> None:
-        """Have the states in front of layer `to`, from the last layer in front of which they are."""
+        """Compute the states in front of layer `to`, from the last layer in front of which they are."""
         at = max((layer for layer in range(to + 1) if self._is_whole(layer)), default=None)
         self.ranks.wait()
         if at is None:

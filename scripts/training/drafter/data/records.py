@@ -40,7 +40,7 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """Of prompts and answers together."""
+        """Count the tokens of prompts and answers together."""
         return sum(len(row.tokens) for row in self.rows)
 
 

@@ -63,7 +63,7 @@ class Routers:
     _closest: list[torch.Tensor] = field(default_factory=list)
 
     def find_tied(self, batch: RolloutBatch) -> torch.Tensor:
-        """Of the one forward pass that was watched: is a tie at or before a token? [B, L − 1] bool."""
+        """Find, in the forward pass that was watched, whether a tie is at or before a token: [B, L − 1] bool."""
         shape = batch.sampled.shape
         tied = torch.zeros(shape, dtype=torch.bool)
         for closest in self._closest:

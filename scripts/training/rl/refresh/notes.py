@@ -84,7 +84,7 @@ class DrafterNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 def describe_drafter(note: DrafterNote) -> list[str]:
-    """For people: what became of the drafter in a step."""
+    """Describe what became of the drafter in a step."""
     parts = []
     if note.live is not None and note.live.rolled_back_to is not None:
         shown = f"live τ {note.live.live:.3f} below the first drafter's {note.live.frozen:.3f}"
