@@ -42,8 +42,8 @@ class Ending:
     wall_s: float
 
 
-def run_process(command: Sequence[str], log: Path, limit_s: float, cwd: Path, grace_s: float = GRACE_S) -> Ending:
-    """Run it to its end, or until the limit or Ctrl-C: then SIGINT, and after `grace_s` the end of all its processes.
+def run_process(command: Sequence[str], log: Path, limit_s: float, cwd: Path) -> Ending:
+    """Run it to its end, or until the limit or Ctrl-C: then SIGINT, and after GRACE_S the end of all its processes.
 
     Raises:
         StuckError: processes could not be ended.
@@ -64,7 +64,7 @@ def run_process(command: Sequence[str], log: Path, limit_s: float, cwd: Path, gr
     except KeyboardInterrupt:
         stopped_by = "person"
     if stopped_by is not None:
-        _stop(supervisor, grace_s)
+        _stop(supervisor)
     return Ending(None if stopped_by else supervisor.returncode, stopped_by, time.monotonic() - started)
 
 
@@ -79,10 +79,10 @@ def read_tail(log: Path) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _stop(supervisor: subprocess.Popen[bytes], grace_s: float) -> None:
+def _stop(supervisor: subprocess.Popen[bytes]) -> None:
     _interrupt_command(supervisor.pid)
     with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C does not wait
-        supervisor.wait(grace_s)
+        supervisor.wait(GRACE_S)
         return
     supervisor.terminate()
     try:

@@ -21,6 +21,8 @@ PACKAGES = (
     *("multiprocessing", "tkinter", "unittest", "urllib", "wsgiref", "xml"),
 )
 HELD_OUT_EVERY = 10
+# Of a function that is asked for.
+MOST_CHARACTERS = 900
 REQUEST = "Complete this function:\n{head}"
 SYSTEM = "You are a careful Python programmer."
 
@@ -61,7 +63,7 @@ def _is_table(text: str) -> bool:
     return sum(line.lstrip()[:1] in {"'", '"', "0", "("} for line in lines) > len(lines) / 2
 
 
-def functions(module: Module, max_characters: int = 900) -> Iterator[Function]:
+def functions(module: Module) -> Iterator[Function]:
     """Return the functions of a module that have a body worth asking for."""
     lines = module.text.splitlines()
     for node in ast.walk(ast.parse(module.text)):
@@ -73,7 +75,7 @@ def functions(module: Module, max_characters: int = 900) -> Iterator[Function]:
         first = node.body[1 if documented else 0].lineno - 1
         head = textwrap.dedent("\n".join(lines[node.lineno - 1 : first]))
         source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-        if head.strip() and head != source and len(source) <= max_characters:
+        if head.strip() and head != source and len(source) <= MOST_CHARACTERS:
             yield Function(f"{module.name}:{node.lineno}", head, source)
 
 

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from moe_cases import ROUTING_SHAPE, SHAPES, TOLERANCE, in_fp64, make_inputs, quantise, relative_error
+from moe_cases import DTYPES, ROUTING_SHAPE, SHAPES, TOLERANCE, in_fp64, make_inputs, quantise, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from laguna_serve.kernels.sentinel_moe import cpu, sentinel_moe, sentinel_moe_reference
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # H beyond one group of 128 columns, and not a multiple of it.
 GROUPS = {"two groups and a rest": (272, 32, [2, 0, 1, 3], 2), "four groups": (512, 64, [2, 1], 2)}
 

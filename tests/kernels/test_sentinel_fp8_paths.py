@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from moe_cases import ROUTING_SHAPE, ROUTINGS, SHAPES, TOLERANCE, in_fp64, make_inputs, quantise, relative_error
+from moe_cases import DTYPES, ROUTING_SHAPE, ROUTINGS, SHAPES, TOLERANCE, in_fp64, make_inputs, quantise, relative_error
 
-from laguna_serve.kernels.sentinel_moe import cpu, sentinel_moe
+from laguna_serve.kernels.sentinel_moe import sentinel_moe
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-KERNELS = cpu.load()
-assert KERNELS is not None, "install g++"
-PATHS = [path.name for path in KERNELS.paths if path.supported]
 # Rests of 16, 32, 48, 64 and 112 columns behind whole groups of 128; blocks of 16 to 256 atoms.
 WIDE = {
     "rest of 16": (2064, 64, [2, 1, 2], 2),
@@ -27,18 +21,10 @@ NAN_CODES = (0x7F, 0xFF)
 CODES = torch.arange(256, dtype=torch.uint8)
 
 
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert KERNELS is not None
-    assert KERNELS.use_path(request.param) == request.param
-    yield request.param
-    KERNELS.use_path(None)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, *WIDE])
-def test_path_computes_the_definition(shape: str, dtype: torch.dtype, path: str) -> None:
+def test_path_computes_the_definition(shape: str, dtype: torch.dtype, native_path: str) -> None:
     H, B, widths, k = (SHAPES | WIDE)[shape]
     for T in (0, 1, 3, 7, 17, 70):
         inputs, scales = quantise(make_inputs(T, H, B, widths, k, dtype))
@@ -50,7 +36,7 @@ def test_path_computes_the_definition(shape: str, dtype: torch.dtype, path: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ["toy", "16 experts per token", "rest of 16", "rest of 48"])
-def test_a_rows_bits_depend_on_neither_batch_nor_threads(shape: str, dtype: torch.dtype, path: str) -> None:
+def test_a_rows_bits_depend_on_neither_batch_nor_threads(shape: str, dtype: torch.dtype, native_path: str) -> None:
     H, B, widths, k = (SHAPES | WIDE)[shape]
     inputs, scales = quantise(make_inputs(300, H, B, widths, k, dtype))
     whole = sentinel_moe(*inputs, **scales)
@@ -72,7 +58,7 @@ def make_codes() -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [4, 256])
-def test_every_code_of_gate_and_up(T: int, dtype: torch.dtype, path: str) -> None:
+def test_every_code_of_gate_and_up(T: int, dtype: torch.dtype, native_path: str) -> None:
     """A token takes one column, which gate turns to 1 and up to the code's value, 2^-9 to 448."""
     codes = make_codes()
     clean = codes.view(torch.uint8).masked_fill(codes.float().isnan(), 0).view(torch.float8_e4m3fn)
@@ -96,7 +82,7 @@ def test_every_code_of_gate_and_up(T: int, dtype: torch.dtype, path: str) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [1, 7])
-def test_every_code_of_down(T: int, dtype: torch.dtype, path: str) -> None:
+def test_every_code_of_down(T: int, dtype: torch.dtype, native_path: str) -> None:
     """An atom at a time is active: its row of w2 comes out, and NaN where any atom's code is NaN."""
     codes = make_codes()
     scales = {"w13_scales": torch.ones(1, 2, 16, 2), "w2_scales": torch.ones(1, 16, 2)}
@@ -114,7 +100,7 @@ def test_every_code_of_down(T: int, dtype: torch.dtype, path: str) -> None:
         torch.testing.assert_close(out[:, ~is_nan].float(), values[~is_nan].expand(T, -1), rtol=8e-3, atol=0)
 
 
-def test_subnormals_are_not_lost(path: str) -> None:
+def test_subnormals_are_not_lost(native_path: str) -> None:
     """Weights of 2^-9 alone, which bf16's instructions would flush if they were subnormal there."""
     for T in (1, 17):
         inputs, scales = quantise(make_inputs(T, 256, 16, [2, 1], 2, torch.bfloat16))
@@ -127,7 +113,7 @@ def test_subnormals_are_not_lost(path: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_each_row_and_group_has_its_own_scale(dtype: torch.dtype, path: str) -> None:
+def test_each_row_and_group_has_its_own_scale(dtype: torch.dtype, native_path: str) -> None:
     """Scales over many powers of two, small ones too: in fp16 activations are not scaled before they are rounded."""
     for T in (2, 40):
         inputs, scales = quantise(make_inputs(T, 272, 32, [2, 1, 3], 2, dtype))
@@ -142,7 +128,7 @@ def test_each_row_and_group_has_its_own_scale(dtype: torch.dtype, path: str) -> 
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_routing(routing: str, path: str) -> None:
+def test_routing(routing: str, native_path: str) -> None:
     for T in (1, 20):
         inputs, scales = quantise(make_inputs(T, *ROUTING_SHAPE, 2, torch.float32, ids=ROUTINGS[routing](T)))
         assert relative_error(sentinel_moe(*inputs, **scales), in_fp64(inputs, **scales)) < TOLERANCE[torch.float32]
@@ -150,7 +136,7 @@ def test_routing(routing: str, path: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [4, 40])
-def test_nan_stays_with_its_token_or_expert(T: int, dtype: torch.dtype, path: str) -> None:
+def test_nan_stays_with_its_token_or_expert(T: int, dtype: torch.dtype, native_path: str) -> None:
     inputs, scales = quantise(make_inputs(T, *ROUTING_SHAPE, 2, dtype))
     clean = sentinel_moe(*inputs, **scales)
     others = [t for t in range(T) if t != 1]
@@ -175,7 +161,7 @@ def test_nan_stays_with_its_token_or_expert(T: int, dtype: torch.dtype, path: st
 
 
 @pytest.mark.parametrize("T", [1, 17, 70])
-def test_experts_that_cancel_beyond_fp16(T: int, path: str) -> None:
+def test_experts_that_cancel_beyond_fp16(T: int, native_path: str) -> None:
     ids = torch.tensor([[0, 1]]).expand(T, 2)
     inputs = make_inputs(T, 16, 16, [1, 1], 2, torch.float16, ids=ids)
     inputs.x.fill_(1.0)
@@ -186,7 +172,7 @@ def test_experts_that_cancel_beyond_fp16(T: int, path: str) -> None:
     assert not sentinel_moe(*narrow, **scales).any()
 
 
-def test_no_expert_adds_nothing(path: str) -> None:
+def test_no_expert_adds_nothing(native_path: str) -> None:
     for T in (3, 40):
         inputs, scales = quantise(make_inputs(T, *ROUTING_SHAPE, 2, torch.float32))
         inputs.topk_ids[1] = -1
@@ -195,12 +181,12 @@ def test_no_expert_adds_nothing(path: str) -> None:
         assert relative_error(out, in_fp64(inputs, **scales)) < TOLERANCE[torch.float32]
 
 
-def test_more_tokens_than_are_held_at_once(path: str) -> None:
+def test_more_tokens_than_are_held_at_once(native_path: str) -> None:
     inputs, scales = quantise(make_inputs(4096 + 3, 16, 16, [1, 2, 1], 2, torch.float32))
     assert relative_error(sentinel_moe(*inputs, **scales), in_fp64(inputs, **scales)) < TOLERANCE[torch.float32]
 
 
-def test_blocks_beyond_the_weights_are_not_read(path: str) -> None:
+def test_blocks_beyond_the_weights_are_not_read(native_path: str) -> None:
     inputs, scales = quantise(make_inputs(3, *ROUTING_SHAPE, 2, torch.float32))
     start = torch.tensor([0, 2, 3, 6, 7, 2**26], dtype=torch.int32)
     with pytest.raises(IndexError, match=r"^block_start: expected ascending numbers up to 11, got 67108864; check"):

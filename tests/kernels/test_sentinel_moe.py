@@ -6,12 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from moe_cases import ROUTING_SHAPE, ROUTINGS, SHAPES, TOLERANCE, Inputs, make_inputs, relative_error
+from moe_cases import DTYPES, ROUTING_SHAPE, ROUTINGS, SHAPES, TOLERANCE, Inputs, make_inputs, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from laguna_serve.kernels.sentinel_moe import cpu, sentinel_moe, sentinel_moe_reference
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def one_expert_at_a_time(inputs: Inputs) -> torch.Tensor:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from moe_cases import ROUTING_SHAPE, ROUTINGS, SHAPES, TOLERANCE, in_fp64, make_inputs, relative_error
+from moe_cases import DTYPES, ROUTING_SHAPE, ROUTINGS, SHAPES, TOLERANCE, in_fp64, make_inputs, relative_error
 
-from laguna_serve.kernels.sentinel_moe import cpu, sentinel_moe
+from laguna_serve.kernels.sentinel_moe import sentinel_moe
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-KERNELS = cpu.load()
-assert KERNELS is not None, "install g++"
-PATHS = [path.name for path in KERNELS.paths if path.supported]
 # H ends in half a step of the widest registers; blocks beyond 64 and wide enough for several threads.
 WIDE = {
     "rest of 16": (2064, 64, [2, 1, 2], 2),
@@ -22,18 +16,10 @@ WIDE = {
 }
 
 
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert KERNELS is not None
-    assert KERNELS.use_path(request.param) == request.param
-    yield request.param
-    KERNELS.use_path(None)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, *WIDE])
-def test_path_computes_the_definition(shape: str, dtype: torch.dtype, path: str) -> None:
+def test_path_computes_the_definition(shape: str, dtype: torch.dtype, native_path: str) -> None:
     H, B, widths, k = (SHAPES | WIDE)[shape]
     for T in (0, 1, 7, 17, 70):
         inputs = make_inputs(T, H, B, widths, k, dtype)
@@ -45,7 +31,7 @@ def test_path_computes_the_definition(shape: str, dtype: torch.dtype, path: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ["toy", "block 48", "16 experts per token", "rest of 16"])
-def test_a_rows_bits_depend_on_neither_batch_nor_threads(shape: str, dtype: torch.dtype, path: str) -> None:
+def test_a_rows_bits_depend_on_neither_batch_nor_threads(shape: str, dtype: torch.dtype, native_path: str) -> None:
     H, B, widths, k = (SHAPES | WIDE)[shape]
     inputs = make_inputs(300, H, B, widths, k, dtype)
     whole = sentinel_moe(*inputs)
@@ -66,7 +52,7 @@ def test_a_rows_bits_depend_on_neither_batch_nor_threads(shape: str, dtype: torc
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_routing(routing: str, path: str) -> None:
+def test_routing(routing: str, native_path: str) -> None:
     for T in (1, 20):
         inputs = make_inputs(T, *ROUTING_SHAPE, 2, torch.float32, ids=ROUTINGS[routing](T))
         assert relative_error(sentinel_moe(*inputs), in_fp64(inputs)) < TOLERANCE[torch.float32]
@@ -75,7 +61,7 @@ def test_routing(routing: str, path: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("T", [4, 40])
-def test_one_tokens_nan_stays_its_own(T: int, value: float, dtype: torch.dtype, path: str) -> None:
+def test_one_tokens_nan_stays_its_own(T: int, value: float, dtype: torch.dtype, native_path: str) -> None:
     inputs = make_inputs(T, *ROUTING_SHAPE, 2, dtype)
     clean = sentinel_moe(*inputs)
     others = [t for t in range(T) if t != 1]
@@ -89,7 +75,7 @@ def test_one_tokens_nan_stays_its_own(T: int, value: float, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("T", [2, 16, 40])
-def test_nan_in_the_weights_of_an_expert_stays_with_its_tokens(T: int, path: str) -> None:
+def test_nan_in_the_weights_of_an_expert_stays_with_its_tokens(T: int, native_path: str) -> None:
     ids = torch.zeros(T, 1, dtype=torch.int64)
     ids[1] = 1
     inputs = make_inputs(T, 48, 16, [1, 1], 1, torch.bfloat16, ids=ids)
@@ -105,7 +91,7 @@ def test_nan_in_the_weights_of_an_expert_stays_with_its_tokens(T: int, path: str
 
 
 @pytest.mark.parametrize("T", [1, 17, 70])
-def test_experts_that_cancel_beyond_fp16(T: int, path: str) -> None:
+def test_experts_that_cancel_beyond_fp16(T: int, native_path: str) -> None:
     ids = torch.tensor([[0, 1]]).expand(T, 2)
     inputs = make_inputs(T, 16, 16, [1, 1], 2, torch.float16, ids=ids)
     inputs.x.fill_(1.0)
@@ -116,7 +102,7 @@ def test_experts_that_cancel_beyond_fp16(T: int, path: str) -> None:
 
 
 @pytest.mark.parametrize("gate", [-200.0, -88.0, -20.0, -1.0, 0.0, 1e-6, 30.0, 88.0, 200.0])
-def test_silu_far_from_zero(gate: float, path: str) -> None:
+def test_silu_far_from_zero(gate: float, native_path: str) -> None:
     inputs = make_inputs(1, 16, 16, [1], 1, torch.float32)
     inputs.x.fill_(1.0)
     inputs.w13_blocks.zero_()
@@ -126,6 +112,6 @@ def test_silu_far_from_zero(gate: float, path: str) -> None:
     assert gate > -88.0 or float(sentinel_moe(*inputs).abs().max()) < 1e-30
 
 
-def test_more_tokens_than_are_held_at_once(path: str) -> None:
+def test_more_tokens_than_are_held_at_once(native_path: str) -> None:
     inputs = make_inputs(4096 + 3, 16, 16, [1, 2, 1], 2, torch.float32)
     assert relative_error(sentinel_moe(*inputs), in_fp64(inputs)) < TOLERANCE[torch.float32]
