@@ -18,6 +18,8 @@ from typing import Any, TypedDict
 ConfigJson = Mapping[str, Any]
 DENSE, SPARSE = "dense", "sparse"
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Of a dense model that was unpadded: the width of every layer.
+WIDTHS_KEY = "intermediate_size_per_layer"
 # What LagunaConfig has for keys that a config.json leaves out.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 100352,
@@ -48,6 +50,10 @@ DEFAULT_ROPE: dict[str, Rope] = {
     FULL: {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5},
     SLIDING: {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
 }
+
+
+class PaddingError(ValueError):
+    """A layer or a config that does not describe a dense Laguna, as one line."""
 
 
 class LayersError(ValueError):
@@ -124,3 +130,20 @@ def find_dropped_rope(config: ConfigJson) -> Rope | None:
     factor = config.get("partial_rotary_factor")
     partial = 1.0 if factor is None else float(factor)
     return {"rope_type": "default", "rope_theta": float(theta), "partial_rotary_factor": partial}
+
+
+def read_widths(config: ConfigJson, name: str) -> list[int] | None:
+    """Read the widths that an unpadded checkpoint's config.json lists, one for every layer; None if it lists none.
+
+    Raises:
+        PaddingError: something else than that; the message begins with `name`.
+    """
+    widths = config.get(WIDTHS_KEY)
+    if widths is None:
+        return None
+    layers, most = config.get("num_hidden_layers"), config.get("intermediate_size")
+    fits = isinstance(widths, list) and len(widths) == layers and all(type(width) is int for width in widths)
+    if not fits or not all(1 <= width <= int(most or 0) for width in widths):
+        expected = f"{WIDTHS_KEY} to be {layers} integers from 1 to {most}"
+        raise PaddingError(f"{name}: expected {expected}, got {widths!r}; unpad the checkpoint again")
+    return list(widths)

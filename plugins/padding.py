@@ -24,20 +24,15 @@ import torch
 from safetensors import safe_open
 
 from laguna_serve.plugins.formats.experts import SCALE_BLOCK
-from laguna_serve.plugins.layers import SPARSE, ConfigJson, LayersError, resolve_layer_kinds
+from laguna_serve.plugins.layers import SPARSE, ConfigJson, LayersError, PaddingError, resolve_layer_kinds
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-WIDTHS_KEY = "intermediate_size_per_layer"
 # A GPU's matrix units work on tiles; a width that is a multiple of a larger tile wastes less of them.
 TILES = (128, 64, 32, 16, 8)
 MOST_ROUNDING = 0.02
 
 FP8 = torch.float8_e4m3fn
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, FP8: torch.int8}
-
-
-class PaddingError(ValueError):
-    """A layer or a config that does not describe a dense Laguna, as one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,23 +153,6 @@ def scan_layers(files: Iterable[Path], layers: int) -> dict[int, Units]:
                 raise PaddingError(f"model.layers.{layer}.mlp: expected {expected}, got {got}; fetch it again")
             found[layer] = find_units(gate, up, down)
         return found
-
-
-def read_widths(config: ConfigJson, name: str) -> list[int] | None:
-    """Read the widths that an unpadded checkpoint's config.json lists, one for every layer; None if it lists none.
-
-    Raises:
-        PaddingError: something else than that; the message begins with `name`.
-    """
-    widths = config.get(WIDTHS_KEY)
-    if widths is None:
-        return None
-    layers, most = config.get("num_hidden_layers"), config.get("intermediate_size")
-    fits = isinstance(widths, list) and len(widths) == layers and all(type(width) is int for width in widths)
-    if not fits or not all(1 <= width <= int(most or 0) for width in widths):
-        expected = f"{WIDTHS_KEY} to be {layers} integers from 1 to {most}"
-        raise PaddingError(f"{name}: expected {expected}, got {widths!r}; unpad the checkpoint again")
-    return list(widths)
 
 
 def is_dense(config: ConfigJson) -> bool:

@@ -22,7 +22,7 @@ from laguna_serve.bench.arms.arms import check_answers
 from laguna_serve.bench.cluster.result import ClusterResult, Latency, render_markdown, render_text
 from laguna_serve.bench.harness.prompts import load_texts, split_prompts
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.checkpoint.weight_files import read_headers
+from laguna_serve.serving.checkpoint.stored.weight_files import read_headers
 from laguna_serve.serving.engine import Engine, EngineConfig, find_port
 from laguna_serve.serving.kit.cli import FELL_SHORT, HELD
 from laguna_serve.serving.kit.command import Command

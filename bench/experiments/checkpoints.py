@@ -23,7 +23,7 @@ from laguna_serve.bench.experiments.step import (
 )
 from laguna_serve.serving.checkpoint import ConfigJson
 from laguna_serve.serving.checkpoint.drafter import read_drafter
-from laguna_serve.serving.checkpoint.drafter_weights import D2T, expected_tensors
+from laguna_serve.serving.checkpoint.stored.drafter_weights import D2T, expected_tensors
 from laguna_serve.serving.kit.files import write_json
 
 RELEASES = ROOT / "tests" / "fixtures" / "releases"

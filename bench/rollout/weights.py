@@ -14,7 +14,7 @@ import msgspec
 
 from laguna_serve.bench.arms.arms import Arm
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
-from laguna_serve.serving.checkpoint.weight_files import read_headers
+from laguna_serve.serving.checkpoint.stored.weight_files import read_headers
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.kit.files import expand
 

@@ -32,22 +32,14 @@ from vllm.platforms import current_platform
 
 from laguna_serve.plugins.formats.completeness import refuse_incomplete
 from laguna_serve.plugins.formats.experts import read_base_format
-from laguna_serve.plugins.layers import DENSE
+from laguna_serve.plugins.layers import DENSE, WIDTHS_KEY, PaddingError, read_widths
 from laguna_serve.plugins.models.fp8_layers import (
     build_unquantised,
     check_method,
     dequantise_linears,
     dequantises,
 )
-from laguna_serve.plugins.padding import (
-    WIDTHS_KEY,
-    PaddingError,
-    Units,
-    is_dense,
-    read_widths,
-    round_width,
-    scan_layers,
-)
+from laguna_serve.plugins.padding import Units, is_dense, round_width, scan_layers
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what its own loggers say
 

@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import laguna
 
 from laguna_serve.plugins.formats.completeness import refuse_incomplete
-from laguna_serve.plugins.padding import WIDTHS_KEY
+from laguna_serve.plugins.layers import WIDTHS_KEY
 
 # As the releases have it, and by the name of transformers' own parameter.
 BIASES = ("mlp.experts.e_score_correction_bias", "mlp.gate.e_score_correction_bias")

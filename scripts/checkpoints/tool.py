@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from laguna_serve.plugins.formats.experts import ExpertFormatError
-from laguna_serve.plugins.padding import PaddingError
+from laguna_serve.plugins.layers import PaddingError
 from laguna_serve.plugins.pruning import PruningError
 from laguna_serve.serving.kit.cli import run_command
 from laguna_serve.serving.kit.signals import defer_signals

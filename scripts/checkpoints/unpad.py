@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from laguna_serve.plugins.padding import PaddingError
+from laguna_serve.plugins.layers import PaddingError
 from laguna_serve.scripts.checkpoints.mirrored import Status, write_mirrored
 from laguna_serve.scripts.checkpoints.options import WidthsConfig, read_widths
 from laguna_serve.scripts.checkpoints.tool import format_rows, run_tool

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from laguna_serve.plugins.padding import PaddingError
+from laguna_serve.plugins.layers import PaddingError
 from laguna_serve.scripts.checkpoints.headers import SCALE_SUFFIXES, is_identical, open_file
 from laguna_serve.scripts.checkpoints.widths import WidthsSource
 from laguna_serve.serving.kit.signals import check_signals

@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 
 from laguna_serve.plugins.formats.experts import SCALE_BLOCK, read_base_format
-from laguna_serve.plugins.padding import WIDTHS_KEY, Units, is_dense, read_widths, scan_layers
+from laguna_serve.plugins.layers import WIDTHS_KEY, read_widths
+from laguna_serve.plugins.padding import Units, is_dense, scan_layers
 from laguna_serve.scripts.checkpoints.headers import (
     INDEX,
     SCALE_SUFFIXES,

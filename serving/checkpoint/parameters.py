@@ -162,7 +162,9 @@ def _count_blocks(size: int) -> int:
 
 def count_drafter(drafter: Drafter) -> int:
     """Every parameter of a published drafter; one in the speculators format brings an embedding, which it may lack."""
-    from laguna_serve.serving.checkpoint.drafter_weights import expected_tensors  # NumPy: not where nothing is drafted
+    from laguna_serve.serving.checkpoint.stored.drafter_weights import (
+        expected_tensors,  # NumPy: not where nothing is drafted
+    )
 
     embedding = drafter.target_vocab_size * drafter.hidden_size if drafter.format == SPECULATORS else 0
     return embedding + sum(math.prod(shape) for shape in expected_tensors(drafter).values())

@@ -26,7 +26,7 @@ from laguna_serve.serving.checkpoint import (
 from laguna_serve.serving.checkpoint.drafter import Drafter, read_drafter
 from laguna_serve.serving.checkpoint.others import Served, read_served
 from laguna_serve.serving.checkpoint.parameters import estimate_drafter_bytes, estimate_held
-from laguna_serve.serving.checkpoint.weight_files import measure_weights
+from laguna_serve.serving.checkpoint.stored.weight_files import measure_weights
 from laguna_serve.serving.kit.files import expand, load_array
 from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
 from laguna_serve.serving.machine.local_http import LOOPBACK

@@ -15,10 +15,10 @@ from pathlib import Path
 from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError, find_folder
 from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
-from laguna_serve.serving.checkpoint.shapes import require_shapes
+from laguna_serve.serving.checkpoint.stored.shapes import require_shapes
+from laguna_serve.serving.checkpoint.stored.tensors import require_numbers, require_tensors
+from laguna_serve.serving.checkpoint.stored.weight_files import list_weights, require_weights
 from laguna_serve.serving.checkpoint.target import STOCK, Target, value_bytes
-from laguna_serve.serving.checkpoint.tensors import require_numbers, require_tensors
-from laguna_serve.serving.checkpoint.weight_files import list_weights, read_headers, require_weights
 from laguna_serve.serving.kit.errors import CommandError
 from laguna_serve.serving.kit.flags.vllm import find_whole, names_flag
 from laguna_serve.serving.machine.device import Device, find_device, find_vllm
@@ -226,16 +226,14 @@ def _require_files(config: EngineConfig, checkpoints: Checkpoints, name: str) ->
         require_tensors(checkpoints.target, folder)
         if not names_flag(config.extra_args, "--hf-overrides"):
             require_numbers(checkpoints.target, folder)
-            whole = checkpoints.target if config.keep_mask is None else replace(checkpoints.target, experts=None)
-            require_shapes(whole, folder, read_headers(folder))
+            require_shapes(checkpoints.target, folder, cut_here=config.keep_mask is not None)
         _require_tokenizer(config, folder)
 
 
 def _require_class(config: EngineConfig, target: Target, folder: Path) -> None:
     """Refuse pruned experts in a class that reads them in part: it would refuse them after all weights have loaded."""
-    if config.keep_mask is not None or names_flag(config.extra_args, "--hf-overrides"):
-        return  # the class is named beside the mask
-    if target.pruned and target.architecture == STOCK:
+    named = config.keep_mask is not None or names_flag(config.extra_args, "--hf-overrides")  # beside config.json
+    if target.pruned and target.architecture == STOCK and not named:
         remedy = "name it in config.json, as the one that was written with it"
         raise CheckpointError(f"{folder}: expected LagunaSentinelForCausalLM of pruned experts, got {STOCK}; {remedy}")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from laguna_serve.serving.checkpoint import CheckpointError, Target, find_folder
 from laguna_serve.serving.checkpoint.drafter import ARCHITECTURE, LAGUNA, ORIGINAL_ARCHITECTURE, Drafter
 from laguna_serve.serving.checkpoint.others import SERVED_BY
+from laguna_serve.serving.checkpoint.stored.weight_files import count_values, measure_weights
 from laguna_serve.serving.checkpoint.target import find_served_dtype, value_bytes
-from laguna_serve.serving.checkpoint.weight_files import count_values, measure_weights
 from laguna_serve.serving.kit.flags.vllm import find_value, find_whole
 from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.memory import show_size

@@ -70,7 +70,9 @@ def format_speculation(
 
 def open_drafter(folder: Path, name: str) -> Drafter:
     """Read a drafter's config and check its weights, those of a hub id only where they were fetched already."""
-    from laguna_serve.serving.checkpoint.drafter_weights import check_weights  # NumPy: not where nothing is drafted
+    from laguna_serve.serving.checkpoint.stored.drafter_weights import (
+        check_weights,  # NumPy: not where nothing is drafted
+    )
 
     drafter = read_drafter(folder)
     if expand(name).is_dir() or next(folder.glob("*.safetensors"), None) is not None:

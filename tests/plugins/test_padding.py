@@ -9,15 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from laguna_serve.plugins.padding import (
-    PaddingError,
-    Units,
-    find_units,
-    is_dense,
-    read_widths,
-    round_width,
-    scan_layers,
-)
+from laguna_serve.plugins.layers import PaddingError, read_widths
+from laguna_serve.plugins.padding import Units, find_units, is_dense, round_width, scan_layers
 
 STORED, HIDDEN = 48, 16
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

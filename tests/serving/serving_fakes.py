@@ -19,7 +19,7 @@ import psutil
 from safetensors.numpy import save_file
 
 from laguna_serve.serving.checkpoint.drafter import read_drafter
-from laguna_serve.serving.checkpoint.drafter_weights import expected_tensors
+from laguna_serve.serving.checkpoint.stored.drafter_weights import expected_tensors
 
 LAGUNA = [sys.executable, "-m", "laguna_serve.serving.cli"]
 # A real engine may take minutes to start again on a busy machine.

@@ -10,7 +10,7 @@ from laguna_serve.serving.chat.template import read_template
 from laguna_serve.serving.chat.vendor_defaults import ChatContract
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.diffusion import DiffusionModel, find_diffusion
-from laguna_serve.serving.checkpoint.weight_files import measure_weights, require_weights
+from laguna_serve.serving.checkpoint.stored.weight_files import measure_weights, require_weights
 from laguna_serve.serving.kit.files import expand
 from laguna_serve.serving.planning.engine_config import EngineConfig
 

@@ -14,8 +14,8 @@ from serving_fakes import DRAFTER, SPECULATORS, TARGET, MakeCheckpoint, write_dr
 
 from laguna_serve.serving.checkpoint import CheckpointError
 from laguna_serve.serving.checkpoint.drafter import read_drafter
-from laguna_serve.serving.checkpoint.drafter_weights import check_weights
 from laguna_serve.serving.checkpoint.parameters import count_drafter
+from laguna_serve.serving.checkpoint.stored.drafter_weights import check_weights
 
 TOY = Path(__file__).resolve().parents[2] / "toy"
 LAYERS: dict[str, Any] = SPECULATORS["transformer_layer_config"]

@@ -19,8 +19,7 @@ from transformers.models.laguna.modeling_laguna import LagunaDecoderLayer
 from laguna_serve.kernels.sentinel_moe import sentinel_moe_reference
 from laguna_serve.plugins.formats.experts import FP8
 from laguna_serve.plugins.formats.fp8 import dequantise_atoms
-from laguna_serve.plugins.layers import SPARSE
-from laguna_serve.plugins.padding import read_widths
+from laguna_serve.plugins.layers import SPARSE, read_widths
 from laguna_serve.scripts.training.pruning.streaming.layers import Head, Layers
 from laguna_serve.scripts.training.pruning.streaming.weights import Weights
 from laguna_serve.serving.checkpoint import read_config, read_target

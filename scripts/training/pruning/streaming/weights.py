@@ -14,7 +14,7 @@ import torch
 from laguna_serve.plugins.formats.fp8 import dequantise_blocks
 from laguna_serve.serving.checkpoint import CheckpointError, ConfigJson
 from laguna_serve.serving.checkpoint.quantisation import FP8, read_quantisation
-from laguna_serve.serving.checkpoint.weight_files import TensorHeader, check_file, list_weights, require_weights
+from laguna_serve.serving.checkpoint.stored.weight_files import TensorHeader, check_file, list_weights, require_weights
 
 DTYPES = {
     "BF16": torch.bfloat16,

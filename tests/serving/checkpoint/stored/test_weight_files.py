@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.checkpoint.weight_files import INDEX, count_values, measure_weights, require_weights
+from laguna_serve.serving.checkpoint.stored.weight_files import INDEX, count_values, measure_weights, require_weights
 from laguna_serve.serving.cli import main
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -126,7 +126,7 @@ UNREADABLE = """
 import os, sys
 from pathlib import Path
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.checkpoint.weight_files import require_weights
+from laguna_serve.serving.checkpoint.stored.weight_files import require_weights
 if os.geteuid() == 0:
     os.seteuid(65534)
 try:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from laguna_serve.plugins.layers import DENSE
+from laguna_serve.plugins.layers import DENSE, PaddingError, read_widths
 from laguna_serve.serving.checkpoint.fields import CheckpointError
 from laguna_serve.serving.checkpoint.folder import read_config
 from laguna_serve.serving.checkpoint.parameters import EXPERTS, list_modules
+from laguna_serve.serving.checkpoint.stored.weight_files import FETCH, TensorHeader, read_headers
 from laguna_serve.serving.checkpoint.target import Target
-from laguna_serve.serving.checkpoint.weight_files import FETCH, TensorHeader
 
 LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -26,8 +27,16 @@ UNPACKED = ("F32", "F16", "BF16", "F8_E4M3")
 RENAMED = ".mlp.shared_experts."
 
 
-def require_shapes(target: Target, folder: Path, tensors: Mapping[str, TensorHeader]) -> None:
-    """Raise CheckpointError, in one line, for a tensor that config.json has no place for, or of another size."""
+def require_shapes(target: Target, folder: Path, *, cut_here: bool = False) -> None:
+    """Raise CheckpointError, in one line, for a tensor that config.json has no place for, or of another size.
+
+    `cut_here`: the experts that `target` has are cut out of whole ones while they load.
+    """
+    check_shapes(replace(target, experts=None) if cut_here else target, folder, read_headers(folder))
+
+
+def check_shapes(target: Target, folder: Path, tensors: Mapping[str, TensorHeader]) -> None:
+    """Do it for headers that were read. Raises as `require_shapes`."""
     for name in tensors:
         _require_place(target, folder, name)
     expected = dict(_list_shapes(target, folder))
@@ -69,13 +78,8 @@ def _list_shapes(target: Target, folder: Path) -> Iterator[tuple[str, tuple[int,
 
 def _read_widths(folder: Path) -> list[int]:
     """Read the widths of an unpadded dense model's layers; none of any other's."""
-    config = read_config(folder)
-    if "intermediate_size_per_layer" not in config:
-        return []
-    from laguna_serve.plugins.padding import PaddingError, read_widths  # torch: not where nothing is unpadded
-
     try:
-        return read_widths(config, str(folder)) or []
+        return read_widths(read_config(folder), str(folder)) or []
     except PaddingError as error:
         raise CheckpointError(str(error)) from None
 

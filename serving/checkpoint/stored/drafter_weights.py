@@ -18,7 +18,7 @@ from laguna_serve.plugins.formats.sequential_head import HEAD as SEQUENTIAL_HEAD
 from laguna_serve.plugins.formats.sequential_head import head_shapes
 from laguna_serve.serving.checkpoint.drafter import LAGUNA, Drafter
 from laguna_serve.serving.checkpoint.fields import CheckpointError
-from laguna_serve.serving.checkpoint.weight_files import (
+from laguna_serve.serving.checkpoint.stored.weight_files import (
     FETCH,
     OTHERS,
     TensorHeader,

@@ -21,8 +21,7 @@ from pathlib import Path
 from laguna_serve.plugins.formats.experts import COMPRESSED_TENSORS
 from laguna_serve.plugins.layers import DENSE
 from laguna_serve.serving.checkpoint.fields import CheckpointError
-from laguna_serve.serving.checkpoint.target import Target
-from laguna_serve.serving.checkpoint.weight_files import (
+from laguna_serve.serving.checkpoint.stored.weight_files import (
     FETCH,
     LENGTH_BYTES,
     TensorHeader,
@@ -30,6 +29,7 @@ from laguna_serve.serving.checkpoint.weight_files import (
     list_weights,
     read_headers,
 )
+from laguna_serve.serving.checkpoint.target import Target
 
 LAYERED = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.[^.]+")
 EVERYWHERE = re.compile(r"(?:.*\.)?(?:\w+_proj|\w*norm|gate)")

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from laguna_serve.scripts.checkpoints.requantised import QUANTISATION
 from laguna_serve.serving.checkpoint import CheckpointError
-from laguna_serve.serving.checkpoint.shapes import require_shapes
+from laguna_serve.serving.checkpoint.stored.shapes import check_shapes
+from laguna_serve.serving.checkpoint.stored.tensors import list_missing, require_numbers, require_tensors
+from laguna_serve.serving.checkpoint.stored.weight_files import TensorHeader
 from laguna_serve.serving.checkpoint.target import read_target
-from laguna_serve.serving.checkpoint.tensors import list_missing, require_numbers, require_tensors
-from laguna_serve.serving.checkpoint.weight_files import TensorHeader
 from laguna_serve.serving.engine import EngineConfig
 from laguna_serve.serving.planning.launch import check_launch
 
-TOY = Path(__file__).resolve().parents[2] / "toy"
+TOY = Path(__file__).resolve().parents[3] / "toy"
 SPARSE = "model.layers.3.mlp.experts.7.up_proj.weight"
 BIAS = "model.layers.{}.mlp.experts.e_score_correction_bias"
 
@@ -212,7 +212,7 @@ def test_transformers_name_of_shared_experts_is_refused_with_what_renames_it(tea
 @pytest.mark.parametrize("name", TARGETS)
 def test_published_sizes_are_those_of_their_configs(name: str) -> None:
     headers = {key: TensorHeader(dtype, tuple(shape), (0, 0)) for key, (dtype, shape) in read_tensors(name).items()}
-    require_shapes(read_target(Path(folder(name))), Path(folder(name)), headers)
+    check_shapes(read_target(Path(folder(name))), Path(folder(name)), headers)
 
 
 def test_tensor_in_two_files_is_refused(teacher: Path) -> None:
