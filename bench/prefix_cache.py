@@ -38,7 +38,7 @@ examples:
 
 exit status:
   0    held: acceptance falls nowhere
-  1    fell short: it falls somewhere, or whether it does cannot be told, or a scenario could not be provoked
+  1    fell short: it falls somewhere, or nobody can say from so little, or a scenario could not be provoked
   2    could not run: bad input, or an engine did not start
   130  interrupted: what was measured is reported and marked partial; the same command continues
 """
