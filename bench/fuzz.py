@@ -1,13 +1,13 @@
 """Sends an engine everything a client can, with a drafter or without: it must live, and answer as its API says.
 
 Every parameter of every route with every value of a list, alone (fuzzing/values.py), and in between batches of unlike
-requests drawn from a hypothesis strategy, streamed and not, some of whose clients leave.  After each batch /health must
-answer 200 and a greedy request give the tokens that it gave at the start.  What is wrong is cut down to the smallest
+requests drawn from a hypothesis strategy, streamed and not, some of whose clients leave. After each batch /health must
+answer 200 and a greedy request give the tokens that it gave at the start. What is wrong is cut down to the smallest
 batch that still shows it; after a death the run goes on with a new engine, and with `--resume` where an earlier run
-into the same folder stopped.  The parameters come from the engine's own /openapi.json.
+into the same folder stopped. The parameters come from the engine's own /openapi.json.
 
-OUT/fuzz.json has every finding, OUT/sent.jsonl all requests in order.  The last stdout line is one JSON object (schema
-laguna_serve.fuzz/1).  Needs hypothesis: the locked environments have it, for others it is the extra `fuzz`.
+OUT/fuzz.json has every finding, OUT/sent.jsonl all requests in order. The last stdout line is one JSON object (schema
+laguna_serve.fuzz/1). Needs hypothesis: the locked environments have it, for others it is the extra `fuzz`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The MoE kernel against the bandwidth floor and against vLLM's own fused MoE on the zeroed weights.
 
-A row is a number of tokens, a share of pruned blocks and a routing.  Its bytes are the kept blocks of the experts that
+A row is a number of tokens, a share of pruned blocks and a routing. Its bytes are the kept blocks of the experts that
 the batch chose, each once, with inputs and output; the floor is these bytes at the bandwidth that a large copy reached
-in the same run, on a CPU the time of reading the same blocks, in turn with the calls.  Every call has a routing of its
+in the same run, on a CPU the time of reading the same blocks, in turn with the calls. Every call has a routing of its
 own, so that the experts of one are not in the cache for the next, and both kernels are interleaved on the same
-batches.  A row whose result is wrong, or whose rows depend on their batch for up to 64 tokens, gets no speed.
+batches. A row whose result is wrong, or whose rows depend on their batch for up to 64 tokens, gets no speed.
 
-The kernel is timed with the layer's dtype and with 8-bit weights in turn, both against vLLM's in that dtype.  Rows are
+The kernel is timed with the layer's dtype and with 8-bit weights in turn, both against vLLM's in that dtype. Rows are
 written as they are measured; --resume goes on.
 
 On a GPU a CUDA graph of 39 calls over several layers is replayed, on a CPU single calls are timed, of the path that

@@ -2,7 +2,7 @@
 
 vLLM gives every configuration (lengths, batch sizes, drafter, dtype) a folder of its own, and Inductor compiles into it
 whatever it finds missing there: most of it is what another configuration has compiled, character for character, at one
-to two seconds each.  Inductor names a library by a hash of its source, flags and compiler options, so one folder for
+to two seconds each. Inductor names a library by a hash of its source, flags and compiler options, so one folder for
 all of them, next to vLLM's, has what is wanted under the name that is wanted.
 
 What that name leaves out is in the folder's: torch's version, the compiler's, and the processor's features, as

@@ -1,9 +1,9 @@
 """Which of a Laguna's layers are dense, how many heads each has, and how it rotates, from its config.json alone.
 
-Plain Python, for the plugins, the launcher and the tools alike.  Four spellings say which layers are dense:
-`mlp_layer_types`, `mlp_only_layers`, `decoder_sparse_step` and `num_experts: 0`.  vLLM from 0.31 on reads the first, as
+Plain Python, for the plugins, the launcher and the tools alike. Four spellings say which layers are dense:
+`mlp_layer_types`, `mlp_only_layers`, `decoder_sparse_step` and `num_experts: 0`. vLLM from 0.31 on reads the first, as
 transformers' LagunaConfig completes it, and the last: a config that has none of them is layer 0 dense and the rest
-sparse, whatever the others say.  Older vLLMs read the others.  The rotary embedding has three: `rope_parameters` (flat,
+sparse, whatever the others say. Older vLLMs read the others. The rotary embedding has three: `rope_parameters` (flat,
 or one per kind of layer), `rope_theta` with `rope_scaling`, and `rope_theta` alone, which transformers drops.
 
 Read in transformers 5.19.0 (models/laguna/configuration_laguna.py) and vLLM 0.26.0 and 0.32.0.
@@ -70,7 +70,7 @@ def resolve_layer_kinds(config: ConfigJson) -> list[str]:
     """Resolve the kind of every layer, dense or sparse.
 
     A model is dense when any of the keys says so of all layers: tools that make a dense model out of a mixture do not
-    change every key.  Otherwise `mlp_layer_types` goes before the older keys.
+    change every key. Otherwise `mlp_layer_types` goes before the older keys.
 
     Raises:
         LayersError: a list of another length or with other words.

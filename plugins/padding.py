@@ -1,9 +1,9 @@
 """Zero-padded feed-forward layers: which of their units are padding, and how wide they are without it.
 
-A *unit* of a SwiGLU layer is one gate row, one up row and one down column.  Stock Laguna knows a single
+A *unit* of a SwiGLU layer is one gate row, one up row and one down column. Stock Laguna knows a single
 `intermediate_size`, so that a checkpoint with narrower layers stores them padded with units of zeros, which add
-silu(0) · 0 · 0 = 0 to the output.  A unit is padding when all three of its parts are exactly zero (−0 counts as zero);
-the padding need not be at the end.  A layer in which a unit is zero in one part and not in another was not padded by
+silu(0) · 0 · 0 = 0 to the output. A unit is padding when all three of its parts are exactly zero (−0 counts as zero);
+the padding need not be at the end. A layer in which a unit is zero in one part and not in another was not padded by
 this rule, or was touched afterwards: it is kept whole.
 
 Of layers in FP8 with 128×128 blocks of scales (formats/experts.py) the padding at the end alone is cut off, so that
@@ -39,7 +39,7 @@ _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.floa
 class Units:
     """The units of a layer that are kept: runs [start, stop) of the `stored` ones, in order.
 
-    ``broken`` is the first unit that is zero in one part and not in another; the layer is then kept whole.
+    `broken` is the first unit that is zero in one part and not in another; the layer is then kept whole.
     """
 
     stored: int
@@ -96,7 +96,7 @@ def find_units(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Unit
     """Which units of a layer are not padding; gate, up [N, H] and down [H, N] on the host.
 
     Reads one row of `down`, and the rest of the matrices only from the first unit on that is zero there: of a layer
-    without padding a few kilobytes, of a padded one little more than the padding.  At least one unit is kept.
+    without padding a few kilobytes, of a padded one little more than the padding. At least one unit is kept.
     """
     stored = gate.shape[0]
     whole = Units(stored, ((0, stored),))

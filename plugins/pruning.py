@@ -1,12 +1,12 @@
 """Structured expert pruning: the published masks, checked, and the blocks of weights that they keep.
 
-An *atom* of an expert is one gate row, one up row and one down column.  The published artefacts sort an expert's atoms
+An *atom* of an expert is one gate row, one up row and one down column. The published artefacts sort an expert's atoms
 by importance into groups of equal width and keep some groups of each expert:
 
     group_indices [L, E, G, B] int64   the atoms of each group; for every expert a permutation of its G·B atoms
     keep_mask     [L, E, G] bool       which groups stay, at least one per expert
 
-with L sparse layers, E experts, G groups of B atoms.  A kept group becomes a *block*, B atoms stored together, and a
+with L sparse layers, E experts, G groups of B atoms. A kept group becomes a *block*, B atoms stored together, and a
 layer's blocks lie in the order of its experts, so that expert e owns the slice block_start[e]:block_start[e + 1].
 
 Source: the formats are those of the Laguna Martini artefacts (https://huggingface.co/poolside-laguna-hackathon/laguna-martini).
@@ -36,7 +36,7 @@ class PruningError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """The routed experts of a Laguna model.  ``layers`` are the numbers of its sparse layers."""
+    """The routed experts of a Laguna model. `layers` are the numbers of its sparse layers."""
 
     layers: tuple[int, ...]
     num_experts: int
@@ -46,7 +46,7 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pruning:
-    """A checked pair of artefacts: ``keep`` [L, E, G] bool and ``indices`` [L, E, G, B] int64."""
+    """A checked pair of artefacts: `keep` [L, E, G] bool and `indices` [L, E, G, B] int64."""
 
     keep: npt.NDArray[np.bool_]
     indices: npt.NDArray[np.int64]
@@ -72,7 +72,7 @@ class Pruning:
         return int(self.keep.size - self.keep.sum())
 
     def block_start(self, layer: int) -> npt.NDArray[np.int32]:
-        """[E + 1]: the first block of every expert in sparse layer number ``layer`` (counted among the sparse ones)."""
+        """[E + 1]: the first block of every expert in sparse layer number `layer` (counted among the sparse ones)."""
         widths = self.keep[layer].sum(axis=-1, dtype=np.int32)
         return np.concatenate([np.zeros(1, np.int32), np.cumsum(widths, dtype=np.int32)])
 
@@ -86,7 +86,7 @@ def read_shape(config: Mapping[str, Any], name: str) -> ExpertShape:
     """Read the experts that a Laguna config.json describes.
 
     Raises:
-        PruningError: the config is not that of a Laguna with routed experts; the message begins with ``name``.
+        PruningError: the config is not that of a Laguna with routed experts; the message begins with `name`.
     """
     if config.get("model_type") != "laguna":
         got = config.get("model_type") or config.get("architectures") or "nothing"
@@ -108,7 +108,7 @@ def read_shape(config: Mapping[str, Any], name: str) -> ExpertShape:
 
 
 def read_pruning(keep_mask: Path, group_indices: Path, shape: ExpertShape) -> Pruning:
-    """Read and check the two files.  Raises PruningError naming the file and what is wrong with it."""
+    """Read and check the two files. Raises PruningError naming the file and what is wrong with it."""
     return check_pruning(load_array(keep_mask), load_array(group_indices), shape, str(keep_mask), str(group_indices))
 
 
@@ -119,7 +119,7 @@ def check_pruning(
     keep_name: str = "keep mask",
     indices_name: str = "group indices",
 ) -> Pruning:
-    """Check that the arrays fit the model and each other.  Raises PruningError beginning with the array's name."""
+    """Check that the arrays fit the model and each other. Raises PruningError beginning with the array's name."""
     L, E, N = len(shape.layers), shape.num_experts, shape.intermediate_size
     if indices.dtype != np.int64:
         raise PruningError(f"{indices_name}: expected dtype int64, got {indices.dtype}; pass the published array")
@@ -156,7 +156,7 @@ def draw_random_mask(shape: ExpertShape, groups: int, ratio: float, seed: int) -
 def rank_groups(scores: npt.NDArray[np.float32], ratio: float, name: str = "ratio") -> npt.NDArray[np.bool_]:
     """Prune the ⌊ratio · all⌋ groups of lowest score over all layers, except the best group of every expert.
 
-    scores [L, E, G], higher is more important; of equal scores the earlier group goes first.  Returns keep [L, E, G].
+    scores [L, E, G], higher is more important; of equal scores the earlier group goes first. Returns keep [L, E, G].
     `name`: the ratio's, in messages.
 
     Raises:

@@ -1,8 +1,8 @@
 """`--load-format laguna-random`: weights that are made up so that a model's work is a real model's.
 
-vLLM's own `dummy` draws every tensor, norms and router biases too, from ±0.001.  Activations then all but vanish, the
+vLLM's own `dummy` draws every tensor, norms and router biases too, from ±0.001. Activations then all but vanish, the
 router's bias alone decides, and every token goes to the same experts: a step over γ + 1 tokens reads the experts of
-one, and speculation at full size looks cheaper than it is.  Here norms are 1, biases 0 and matrices keep the scale of
+one, and speculation at full size looks cheaper than it is. Here norms are 1, biases 0 and matrices keep the scale of
 what goes through them, so that tokens choose experts of their own.
 
 Checked against vLLM 0.32 (model_executor/model_loader/dummy_loader.py, models/qwen3_dflash.py, laguna_dflash.py).

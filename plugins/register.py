@@ -1,7 +1,7 @@
 """The `vllm.general_plugins` entry point: tells vLLM which class serves which architecture.
 
 vLLM calls `register` in every process it starts, possibly more than once, and logs and swallows whatever it raises;
-`laguna doctor` therefore proves the outcome in a fresh process.  Classes are registered by name, so nothing is imported
+`laguna doctor` therefore proves the outcome in a fresh process. Classes are registered by name, so nothing is imported
 until a model of that architecture is loaded.
 """
 

@@ -1,8 +1,8 @@
 """Tensor parallelism of kept blocks: which of them a rank holds.
 
 The experts' output is a sum over blocks, so that any division of them gives partial outputs that one all-reduce adds
-up.  Rank r of n holds the blocks of a layer whose number is r modulo n, in their order: an expert's blocks follow each
-other, so that every rank has all experts, and of each at most one block more than another rank.  How many blocks a rank
+up. Rank r of n holds the blocks of a layer whose number is r modulo n, in their order: an expert's blocks follow each
+other, so that every rank has all experts, and of each at most one block more than another rank. How many blocks a rank
 holds follows from their number in the layer alone, which a checkpoint's config has.
 """
 

@@ -2,14 +2,14 @@
 
 vLLM's own way of loading weights again (model_loader/reload/layerwise.py) goes layer by layer into the model that
 serves, so a file that breaks off leaves half of each version; and on a CPU it forgets what was packed aside from the
-parameters (oneDNN's handles, a DFlash drafter's fused matrices).  Here a model gets a second set of parameters beside
-those it serves with; everything that can fail happens there: reading, loading, packing, comparing of shapes.  Only then
-are the values copied into the tensors that the compiled graphs know, which cannot fail.  It takes a second copy of the
+parameters (oneDNN's handles, a DFlash drafter's fused matrices). Here a model gets a second set of parameters beside
+those it serves with; everything that can fail happens there: reading, loading, packing, comparing of shapes. Only then
+are the values copied into the tensors that the compiled graphs know, which cannot fail. It takes a second copy of the
 weights for as long as it runs.
 
 Every element of the second set starts as NaN: what no tensor was loaded into, or a tensor that is not finite, is seen.
 
-vLLM's records of the parameters' shapes before packing are internal (`LayerReloadingInfo.restore_metadata`).  Checked
+vLLM's records of the parameters' shapes before packing are internal (`LayerReloadingInfo.restore_metadata`). Checked
 against vLLM 0.32.0.
 """
 
@@ -85,8 +85,8 @@ def load_in_place(
         kept: modules that are left alone, such as those that a drafter shares with its target.
 
     Raises:
-        StagingError: tensors are missing or not finite, or do not fit.  The model is as it was.
-        Whatever `weights` and the model's own loader raise.  The model is as it was.
+        StagingError: tensors are missing or not finite, or do not fit. The model is as it was.
+        Whatever `weights` and the model's own loader raise. The model is as it was.
     """
     modules = [module for module in model.modules() if module not in set(kept)]
     served = [_Served.of(module) for module in modules]

@@ -4,13 +4,13 @@ A trainer writes a folder, on disk or in shared memory (/dev/shm), and names it 
 
     {"update_info": {"folder": "/dev/shm/policy/v7", "sha256": {"model.safetensors": "9f…"}}}
 
-between `/start_weight_update` (or `/start_draft_weight_update`, for the drafter) and `/finish_weight_update`.  The
-folder holds a whole checkpoint's tensors under its own names, in one file or several; a config.json is not read.  A
+between `/start_weight_update` (or `/start_draft_weight_update`, for the drafter) and `/finish_weight_update`. The
+folder holds a whole checkpoint's tensors under its own names, in one file or several; a config.json is not read. A
 body that fails (files missing, cut off, not those that were digested, tensors missing, misshapen or not finite) is
 answered with an error, and the engine goes on with the weights that it had: staging.py.
 
 Given to vLLM with `--weight-transfer-config '{"backend": "folder"}'`, which `laguna serve --weight-updates` does.
-Run with vLLM 0.32.0, read against 0.26.  One device: tensor and pipeline parallelism are refused.
+Run with vLLM 0.32.0, read against 0.26. One device: tensor and pipeline parallelism are refused.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def find_files(info: FolderUpdateInfo) -> list[Path]:
 
 
 def read_files(files: list[Path], digests: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the files.  They are read, not mapped: one that is cut off meanwhile would kill the process.
+    """Every tensor of the files. They are read, not mapped: one that is cut off meanwhile would kill the process.
 
     Raises:
         WeightFolderError: a file is not whole, is not the one that was digested, or repeats a tensor.

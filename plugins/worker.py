@@ -1,17 +1,17 @@
 """vLLM's CPU worker, with a drafter that goes on drafting beside a request at the length limit.
 
 vLLM's V1 model runner skips the drafter for a whole step when one sequence of the batch leaves no room for γ + 1 more
-tokens below the maximum length.  A DFlash drafter then never gets the keys and values of what that step computed, for
+tokens below the maximum length. A DFlash drafter then never gets the keys and values of what that step computed, for
 any request: beside a request that ends at the limit, the others' prompts are missing from their context for good, and
-with prefix caching from that of later requests, too.  (On the toy pair τ falls from 3.69 to 1.58, and to 2.24
-afterwards.)  The V2 runner, which a CPU cannot run, drafts on and clamps.
+with prefix caching from that of later requests, too. (On the toy pair τ falls from 3.69 to 1.58, and to 2.24
+afterwards.) The V2 runner, which a CPU cannot run, drafts on and clamps.
 
 Here the room is counted up to the end of the last block, which exists anyway; the launcher chooses a length that leaves
 enough of it (serving/planning/command.py), and with less nothing is changed.
 
 An engine that returns routed experts gets a runner that records them (routed_experts/runner.py).
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_worker.py::test_stock_worker_loses_the_context_of_other_requests` fails.
 """
 

@@ -1,13 +1,13 @@
 """Distil a Laguna mixture of experts into a dense student of the same cost per token.
 
 Stage 1 trains every dense block on its own against its sparse block, stage 2 the whole student against the teacher's
-logits on conversations (scripts/training/dense/stages.py).  The checkpoint is stock Laguna, narrower layers padded with
-zeros; `laguna serve` loads it at its true widths and `laguna unpad` stores it so.  Writes to --report what was
+logits on conversations (scripts/training/dense/stages.py). The checkpoint is stock Laguna, narrower layers padded with
+zeros; `laguna serve` loads it at its true widths and `laguna unpad` stores it so. Writes to --report what was
 measured: distillation.json, stage1_nmse.png, stage2_kl.png and, with --curve-every, stage2_held_out.png; a model card
 lies beside the checkpoint.
 
 With --store stage 2 learns from the teacher's top-K logits, which are written to disk first; with --layerwise the
-teacher's shards are read a layer at a time.  With both it never lies whole in memory, and `torchrun` shares stage 1's
+teacher's shards are read a layer at a time. With both it never lies whole in memory, and `torchrun` shares stage 1's
 layers and stage 2's rows among processes.
 """
 

@@ -140,7 +140,7 @@ def build_shards(config: ConfigJson, widths: list[int], seed: int) -> Iterator[d
 
 
 def choose_widths(config: ConfigJson, asked: Sequence[tuple[range, int]]) -> list[int]:
-    """Choose the width of every layer.  Raises CheckpointError for one that the config has no place for."""
+    """Choose the width of every layer. Raises CheckpointError for one that the config has no place for."""
     stored, layers = config["intermediate_size"], config["num_hidden_layers"]
     widths = [stored] * layers
     for place, width in asked:
@@ -155,7 +155,7 @@ def choose_widths(config: ConfigJson, asked: Sequence[tuple[range, int]]) -> lis
 
 
 def write_shards(source: Path, config: ConfigJson, widths: list[int], out: Path, seed: int) -> int:
-    """Write the checkpoint's files.  Returns the number of parameters."""
+    """Write the checkpoint's files. Returns the number of parameters."""
     weight_map: dict[str, str] = {}
     total = 0
     count = -(-config["num_hidden_layers"] // LAYERS_PER_SHARD) + 2

@@ -2,13 +2,13 @@
 
 A small, whole example of an RL loop on this project's parts: rollouts come from the gateway, in groups that share a
 prompt; the trainer is plain PyTorch; every version goes back through the gateway's /admin/update_weights from a folder
-(plugins/weight_folder.py), and every rollout is checked to be of the version that it was asked of.  The reward
-(evals/codegen/syntax_reward.py) is one that a model of a few million parameters can raise.  A drafter, if one is given,
+(plugins/weight_folder.py), and every rollout is checked to be of the version that it was asked of. The reward
+(evals/codegen/syntax_reward.py) is one that a model of a few million parameters can raise. A drafter, if one is given,
 speculates for the policy all along and stays as it was, or, with --refresh-drafter, learns beside it from the rollouts
 (scripts/training/rl/refresh): its acceptance is noted per version.
 
 The trainer replays the engine's choice of experts, and a token's weight is the ratio of trainer's and engine's
-probability, up to a cap.  Before every step it is noted how far the two are apart on the sampled tokens, apart from
+probability, up to a cap. Before every step it is noted how far the two are apart on the sampled tokens, apart from
 those behind a tie of two experts: rounding alone, if the engine has the trainer's weights
 (scripts/training/rl/off_policy).
 

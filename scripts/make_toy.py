@@ -1,6 +1,6 @@
 """Make the toy family from scratch: tokenizer, teacher, held-out prompts and DFlash drafters, trained on this machine.
 
-The stages run one after the other, each in a process of its own.  What a stage has finished is kept in the work folder,
+The stages run one after the other, each in a process of its own. What a stage has finished is kept in the work folder,
 and training saves its state on the way, so the same command continues after an interruption.
 """
 

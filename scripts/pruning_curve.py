@@ -1,7 +1,7 @@
-"""How much held-out loss does pruning cost?  Ranked masks against random ones of the same size.
+"""How much held-out loss does pruning cost? Ranked masks against random ones of the same size.
 
 Both kinds prune the same number of groups of the same indices and keep at least one group of every expert; the pruned
-atoms are zeroed in place in transformers' Laguna, in fp32.  Writes curve.json, curve.md and curve.png to --out.
+atoms are zeroed in place in transformers' Laguna, in fp32. Writes curve.json, curve.md and curve.png to --out.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Meter:
 
 
 def draw_controls(ranked: Pruning, shape: ExpertShape, ratio: float, seeds: int, name: str) -> list[Pruning]:
-    """Random masks of the same size over the same groups.  Raises PruningError if the sizes would differ."""
+    """Random masks of the same size over the same groups. Raises PruningError if the sizes would differ."""
     keeps = [draw_random_mask(shape, ranked.blocks_per_expert, ratio, seed) for seed in range(seeds)]
     expected = int((~keeps[0]).sum())
     if expected != ranked.pruned_blocks:

@@ -3,7 +3,7 @@
     python scripts/release_matrix.py
 
 writes bench/results/release-matrix.json and .md from the releases' configs (tests/fixtures/releases); nothing is
-started, and nothing of this machine enters but the version of the code.  Memory is worked out and not measured.
+started, and nothing of this machine enters but the version of the code. Memory is worked out and not measured.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Written to --out, in the published formats (L sparse layers, E experts of N atom
   summary.json, native_group_pruning_stats.md                  what the masks remove, per layer
   MANIFEST.json                          how they were made, and a SHA-256 of each
 
-`laguna compact` makes a smaller checkpoint from a mask and the indices.  The text should be the kind of text that the
+`laguna compact` makes a smaller checkpoint from a mask and the indices. The text should be the kind of text that the
 model is for, and none that the result will be judged on.
 
 Scores (scripts/training/pruning/scores.py has the formulas): loss, what removing an atom adds to the loss, to second
@@ -18,7 +18,7 @@ order; heapr, that of HEAPr; reap, of whole experts, and output: forward passes 
 
 The model is read layer by layer from its shards, in bf16, fp16, fp32 or FP8 (128×128 blocks): at most three times its
 largest layer is in memory, and one row of text, whatever the model's size; each layer's input lies in the work folder
-(OUT/work), whose size --dry-run says.  Interrupted?  The same command continues with the layer that it was at.
+(OUT/work), whose size --dry-run says. Interrupted? The same command continues with the layer that it was at.
 """
 
 from __future__ import annotations

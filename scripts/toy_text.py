@@ -1,6 +1,6 @@
 """Write the toy family's text as JSON Lines, a module of Python's standard library in each: {"id": …, "text": …}.
 
-By default the held-out modules, which neither training nor calibration saw: what to measure a loss on.  With --prompts
+By default the held-out modules, which neither training nor calibration saw: what to measure a loss on. With --prompts
 the beginnings of definitions in them instead, {"id": …, "prompt": …}: what `laguna drafter train --prompts` takes.
 """
 

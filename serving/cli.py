@@ -1,4 +1,4 @@
-"""The ``laguna`` command.
+"""The `laguna` command.
 
 Exit status of every subcommand: 0 it held, 1 it fell short, 2 it could not run (one line on stderr says why), 130 it
 was interrupted; of `laguna serve` and `laguna gateway`, which Ctrl-C stops, 0 once they serve.

@@ -96,7 +96,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def fp32_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The toy teacher in fp32, eager: what can be compared with transformers token for token.
 
-    It can be paused and takes new weights; who gives it some gives it the old ones back.  It returns routed experts.
+    It can be paused and takes new weights; who gives it some gives it the old ones back. It returns routed experts.
     """
     config = EngineConfig(
         model=str(TOY / "teacher"),

@@ -96,6 +96,20 @@ def test_files_import_each_other_in_no_circle(sources: list[house.Source]) -> No
     assert not house.find_circles(house.find_imports(sources))
 
 
+def test_comments_and_docstrings_are_set_alike(sources: list[house.Source]) -> None:
+    """One blank after a full stop, and single backticks."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    texts = [
+        (source.path, text)
+        for source in sources
+        for text in (
+            *(ast.get_docstring(node) or "" for node in ast.walk(source.tree) if isinstance(node, documented)),
+            *re.findall(r"^\s*#.*", source.text, re.MULTILINE),
+        )
+    ]
+    assert not [(path, text) for path, text in texts if re.search(r"[.!?]  (?=\S)|(?<!`)``(?!`)[^`\n]+``(?!`)", text)]
+
+
 def test_files_are_short(sources: list[house.Source]) -> None:
     assert not [source.path for source in sources if source.lines > MOST_LINES], "give a part of it a file"
 

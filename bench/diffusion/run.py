@@ -1,8 +1,8 @@
 """Measure which proposals pay when a masked diffusion model is decoded exactly.
 
 Every proposer decodes the same prompts as the reference without proposals, in turns and in this process, with so many
-requests in a pass, and must come to the same tokens.  Then the references themselves are compared: other schedules and
-caches are other texts, so that their distance is shown, never called lossless.  DIR gets diffusion.json, diffusion.md
+requests in a pass, and must come to the same tokens. Then the references themselves are compared: other schedules and
+caches are other texts, so that their distance is shown, never called lossless. DIR gets diffusion.json, diffusion.md
 and, with a draft, draft_cost.png; the last stdout line is one JSON object (schema laguna_serve.diffusion_proposals/1).
 """
 

@@ -1,7 +1,7 @@
 """Check that proposals change no token of a masked diffusion model's answers, and never cost a pass of the target.
 
 Under every schedule, cache and temperature all prompts are decoded without proposals and with every proposer, many
-requests in a pass, in this process.  Nothing is timed.  DIR gets exactness.json (schema
+requests in a pass, in this process. Nothing is timed. DIR gets exactness.json (schema
 laguna_serve.diffusion_exactness/1) and exactness.md; each reference is kept as it is done, and the same command
 continues.
 """
@@ -92,7 +92,7 @@ class Mode:
         return f"schedule-{self.schedule}-{self.cache}-t{self.temperature:g}"
 
     def read(self) -> Reference:
-        """Make the reference.  Raises DiffusionError where there is no such one."""
+        """Make the reference. Raises DiffusionError where there is no such one."""
         from laguna_serve.plugins.diffusion.decoding.reference import read_reference
 
         return replace(read_reference(self.schedule, self.cache), temperature=self.temperature)

@@ -100,7 +100,7 @@ def compare_adaptive(
 ) -> list[AdaptivePoint]:
     """Hold each adaptive point against the fixed γ that was fastest at its concurrency, and the schedule's there.
 
-    Both were measured against plain decoding: the ratio is that of their speed-ups.  Where no fixed γ is faster than
+    Both were measured against plain decoding: the ratio is that of their speed-ups. Where no fixed γ is faster than
     plain decoding, that is the best, and the ratio to it the speed-up itself.
     """
     points = []

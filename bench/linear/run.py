@@ -1,8 +1,8 @@
 """The bfloat16 linear op against torch's bfloat16 and float32 products, and vLLM's linear layers, on the CPU.
 
 Every call has a matrix of its own, so that the weights come from memory as in an engine, and the kernel, torch in both
-types, vLLM's own layers and a plain read of as many bytes take turns.  A row whose result is wrong, or whose rows
-depend on their batch, gets no speed.  LAGUNA_CPU_ISA holds the kernel to a path, ONEDNN_MAX_CPU_ISA and
+types, vLLM's own layers and a plain read of as many bytes take turns. A row whose result is wrong, or whose rows
+depend on their batch, gets no speed. LAGUNA_CPU_ISA holds the kernel to a path, ONEDNN_MAX_CPU_ISA and
 ATEN_CPU_CAPABILITY torch and vLLM.
 """
 

@@ -34,7 +34,7 @@ class LinearBenchError(CommandError, RuntimeError):
 
 
 def require_kernel(threads: int) -> None:
-    """Load the op and have products run on so many threads.  Raises LinearBenchError where the op cannot be built."""
+    """Load the op and have products run on so many threads. Raises LinearBenchError where the op cannot be built."""
     torch.set_num_threads(threads)
     if load_library() is None:
         raise LinearBenchError("kernels/linear: expected it to build, it did not (see above); install g++")

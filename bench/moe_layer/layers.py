@@ -238,7 +238,7 @@ def make_stock(layer: Layer, shape: Shape) -> Callable[[Batch], torch.Tensor]:
 def choose_stock_config(shape: Shape) -> str:
     """Which tuned table vLLM's fused MoE will use on this GPU; on Hopper, where none ships, the H100's for the shape.
 
-    Sets VLLM_TUNED_CONFIG_FOLDER, so it is to be called before vLLM is asked to run.  Read in vLLM 0.32.0.
+    Sets VLLM_TUNED_CONFIG_FOLDER, so it is to be called before vLLM is asked to run. Read in vLLM 0.32.0.
     """
     from vllm.model_executor.layers.fused_moe import fused_moe
 

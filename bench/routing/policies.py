@@ -53,7 +53,7 @@ def make_power_of_two(rng: random.Random) -> Policy:
 def make_prefix(rng: random.Random) -> Policy:
     """Take the one that was sent the longest beginning of the prompt, while loads are alike; else the last policy.
 
-    Where less than a tenth of the prompt is known anywhere, the replica that was sent the least gets it.  The router
+    Where less than a tenth of the prompt is known anywhere, the replica that was sent the least gets it. The router
     knows what it has sent, not what the caches still hold.
     """
     sent: dict[int, set[int]] = {}

@@ -87,7 +87,7 @@ class SwapConfig:
     QUICK: ClassVar = Quick("one round, not compiled", {"rounds": 1, "eager": True})
 
     def __post_init__(self) -> None:
-        """Refuse anything but two models.  Raises FlagError."""
+        """Refuse anything but two models. Raises FlagError."""
         check_bounds(self)
         if len(self.model) != 2 or len(self.names) != 2:
             got = ", ".join(self.model) or "none"
@@ -284,7 +284,7 @@ class _Run:
         self.ttft_s[kind, name].append(self._ask(name, url))
 
     def _ask(self, name: str, url: str) -> float:
-        """Ask, and return the seconds to the first token.  Raises EngineError: the request failed."""
+        """Ask, and return the seconds to the first token. Raises EngineError: the request failed."""
 
         async def stream() -> Record:
             async with open_session() as session:

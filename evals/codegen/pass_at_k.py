@@ -45,7 +45,7 @@ def average_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> Estimate:
     """Mean pass@k over problems; `counts`: (samples, passed) of each.
 
     The interval is exact (Clopper–Pearson) where problems simply pass or fail: with one sample each, and where all
-    are certain to fail or all to pass, of which resampling would make an interval without width.  Else it is a
+    are certain to fail or all to pass, of which resampling would make an interval without width. Else it is a
     percentile bootstrap over problems.
     """
     values = [estimate_pass_at_k(samples, passed, k) for samples, passed in counts]

@@ -1,7 +1,7 @@
 """A reward that a small code model can raise: how much of what it wrote is Python, and not the same again and again.
 
 For language models that solve no task yet, and for trying an RL loop out: it needs no tests and no sandbox, as nothing
-is run.  Lines are judged one by one, so that a slip early in a text does not hide what follows: that is dense enough
+is run. Lines are judged one by one, so that a slip early in a text does not hide what follows: that is dense enough
 for a model of a few million parameters to learn from, and says little about a capable one.
 """
 
@@ -20,7 +20,7 @@ def reward_syntax(prompt: str, completion: str) -> float:
     """Return the share of a completion's lines that are Python by themselves, 0 … 1.
 
     A line that opens a block counts, and so does an `else`; one in the midst of a bracket or a long string does not.
-    Blank lines, comments, texts that stand alone and repeated lines are lines written, but earn nothing.  The first
+    Blank lines, comments, texts that stand alone and repeated lines are lines written, but earn nothing. The first
     line goes on where the prompt stops; the last one is judged only when it has been ended.
     """
     lines = completion.split("\n")[:-1]

@@ -1,7 +1,7 @@
 """Data sets that lie in a folder instead of on the Hugging Face hub.
 
-A task of lm-evaluation-harness is a YAML file.  For local data another one is written for it: it includes the
-harness's own, so that prompt, filters, metrics and version stay the pinned ones, and names other files to read.  It
+A task of lm-evaluation-harness is a YAML file. For local data another one is written for it: it includes the
+harness's own, so that prompt, filters, metrics and version stay the pinned ones, and names other files to read. It
 keeps the task's name, by which the harness puts it in the place of its own.
 """
 

@@ -1,6 +1,6 @@
 """Runs lm-evaluation-harness as the user would: as a command, from an environment of its own.
 
-It pins other releases than the engine's environment, so nothing of it is imported here.  What it writes goes to a log;
+It pins other releases than the engine's environment, so nothing of it is imported here. What it writes goes to a log;
 what it leaves is read by results.py.
 """
 

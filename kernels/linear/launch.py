@@ -15,7 +15,7 @@ OK, NO_MEMORY = 0, 1
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x · weightᵀ + bias in bfloat16 on a CPU: products summed in fp32, rounded once; nothing is packed beforehand.
 
-    The weights are read from memory once for all rows of a batch.  A row's bits depend neither on the other rows nor
+    The weights are read from memory once for all rows of a batch. A row's bits depend neither on the other rows nor
     on the number of threads.
 
     Args:

@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels for a GPU that need not be there.
 
-Registers, spills and shared memory come from the binary, and the inner loop's instructions.  bench/moe_tuning leaves
+Registers, spills and shared memory come from the binary, and the inner loop's instructions. bench/moe_tuning leaves
 out tiles that spill by it; the tests hold every row of the table to it.
 """
 

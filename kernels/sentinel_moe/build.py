@@ -1,7 +1,7 @@
 """Builds native/ into one library for all processors of an architecture, once, in the user's cache.
 
 Every instruction set has a file of its own, compiled with its own flags; which one runs is decided when the library is
-loaded (cpu.py).  A set that the compiler does not know is left out.  g++ from 11 and clang++ from 14 will do.  The
+loaded (cpu.py). A set that the compiler does not know is left out. g++ from 11 and clang++ from 14 will do. The
 library uses torch's stable interface, so that a newer torch does not need another, and a wheel for one platform can
 carry it beside the sources (scripts/wheel.sh).
 """

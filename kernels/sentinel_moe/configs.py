@@ -1,10 +1,10 @@
 """The tiles of the Triton kernels: one table, by the kind of path and of weights.
 
 A path's tiles never depend on the number of tokens: with the order of sums in experts.py that is what makes a row's
-bits independent of its batch.  The rows below were chosen from what the compiler makes of them, on no GPU: no spills
+bits independent of its batch. The rows below were chosen from what the compiler makes of them, on no GPU: no spills
 from sm_80 to sm_120, at least 256 programs for one token of XS.2 (two a multiprocessor), 33 KiB of weights on their
 way per multiprocessor of an H200 (4.3 TB/s × 1 µs ÷ 132), and shared-memory traffic per byte of weights that leaves
-the memory as the limit.  `python bench/moe_tuning` measures a device and writes its rows (tables.py).
+the memory as the limit. `python bench/moe_tuning` measures a device and writes its rows (tables.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The op on a CPU: the library of native/, and which of its paths runs.
 
-The best path for the processor is taken, or the one that LAGUNA_CPU_ISA names.  Once loaded, the library
-answers for CPU tensors without Python in between.  Without a compiler plain torch does the work, several times slower;
+The best path for the processor is taken, or the one that LAGUNA_CPU_ISA names. Once loaded, the library
+answers for CPU tensors without Python in between. Without a compiler plain torch does the work, several times slower;
 a warning says so once.
 """
 

@@ -1,7 +1,7 @@
 """8-bit floats (e4m3fn, as uint8) widened in registers, for processors with and without instructions for it.
 
 The bits of e4m3, shifted to the places of a wider format's exponent and mantissa, are the same value times a power of
-two, subnormals too: one multiplication puts it right, exactly.  Hopper's own conversion goes by way of fp16 and gives
+two, subnormals too: one multiplication puts it right, exactly. Hopper's own conversion goes by way of fp16 and gives
 bf16 sixteen at a cycle and multiprocessor, fewer than its memory delivers; this takes 2.5 instructions an element.
 The codes of NaN, 0x7f and 0xff, come out as ±480, which no other code has.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Two bytes in the upper halves of the lanes of t → two floats in $0.  Constants: 2¹²⁰ in bf16, 2⁸ in fp16; −0.
+# Two bytes in the upper halves of the lanes of t → two floats in $0. Constants: 2¹²⁰ in bf16, 2⁸ in fp16; −0.
 _BF16 = "and.b32 s, s, 0x07f007f0; and.b32 t, t, 0x80008000; or.b32 s, s, t; fma.rn.bf16x2 $0, s, c, z;"
 _FP16 = "and.b32 s, s, 0x3f803f80; and.b32 t, t, 0x80008000; or.b32 s, s, t; fma.rn.f16x2 $0, s, c, z;"
 _BEGIN_BF16 = "{ .reg .b32 s, t, c, z; mov.b32 c, 0x7b807b80; mov.b32 z, 0x80008000;"

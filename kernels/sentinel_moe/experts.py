@@ -1,14 +1,14 @@
 """Triton kernels of the routed experts: what was pruned is neither loaded nor computed, and a row's bits are its own.
 
-The members of an expert are the (token, slot) pairs that chose it, gathered into tiles of MEMBERS columns.  A product
+The members of an expert are the (token, slot) pairs that chose it, gathered into tiles of MEMBERS columns. A product
 is of one shape whatever is in it, and each of its columns is its own: so a pair's result depends on neither the number
-of tokens nor the other members.  It is kept in fp32, and `combine` adds a token's pairs in the order of its slots.
+of tokens nor the other members. It is kept in fp32, and `combine` adds a token's pairs in the order of its slots.
 Nothing of an expert reaches a row that did not choose it, not even its NaN; an id outside 0 to E − 1 is no pair at all.
 
 `gate_up` has a program for each (tile, range of atoms), `down` for each (tile, range of columns, part of the expert's
-blocks).  Where the pairs are few, a program of `gate_up` finds its members itself among the ids: tile i is led by pair
-i if that is the first of MEMBERS that share its expert, and else is empty.  Where they are many, `group` has listed
-them.  The same kernels decode and prefill: configs.py holds the tiles of both.
+blocks). Where the pairs are few, a program of `gate_up` finds its members itself among the ids: tile i is led by pair
+i if that is the first of MEMBERS that share its expert, and else is empty. Where they are many, `group` has listed
+them. The same kernels decode and prefill: configs.py holds the tiles of both.
 
 8-bit weights (e4m3 as uint8) carry a scale for each row and 128 hidden columns: `gate_up` multiplies the product of 128
 columns by it, `down` the activation, in fp32 and before its one rounding.
@@ -265,7 +265,7 @@ def group(
 ):
     """members [tiles, MEMBERS] and experts [tiles] of all pairs, experts and pairs ascending; a program per expert.
 
-    Each counts the pairs of all experts for itself, to know where its own tiles begin.  The last one marks as empty,
+    Each counts the pairs of all experts for itself, to know where its own tiles begin. The last one marks as empty,
     by expert −1, the tiles that are left over.
     """
     expert = tl.program_id(0)

@@ -25,7 +25,7 @@ DECODE_TOKENS = 64
 EXACT = "VLLM_BATCH_INVARIANT"
 # Of the pairs' results in fp32: more are made and summed a range of columns at a time.
 PAIR_OUT_BYTES = 256 * 2**20
-# Of activations: 32,768 tokens of 8 experts of 512 in 16 bits.  More go in pieces, each of which reads all weights.
+# Of activations: 32,768 tokens of 8 experts of 512 in 16 bits. More go in pieces, each of which reads all weights.
 ACT_BYTES = 256 * 2**20
 COMBINED_COLUMNS = 512
 LISTED_AT_ONCE = 1024

@@ -38,12 +38,12 @@ def sentinel_moe(
     topk_ids[t, j]; products are summed in fp32, and the weighted activations are rounded to x's dtype once in between.
 
     With scales the weights are 8-bit: a weight is its value times the scale of its row for its 128 columns, and x keeps
-    its dtype.  A row of gate or up is summed 128 columns at a time, each sum times its scale; the scales of a row of w2
+    its dtype. A row of gate or up is summed 128 columns at a time, each sum times its scale; the scales of a row of w2
     multiply its weighted activation, before the rounding where bf16 is multiplied as bf16, after it elsewhere.
 
-    Deterministic.  A row's bits do not depend on T or on the other rows: on a CPU for any T, on a GPU for T up to 64
-    and, where VLLM_BATCH_INVARIANT is 1, for any T at some cost.  No device value is read on the host but
-    block_start, once per tensor, if ``max_blocks_per_expert`` is given, so that a CUDA graph can hold the call.  All
+    Deterministic. A row's bits do not depend on T or on the other rows: on a CPU for any T, on a GPU for T up to 64
+    and, where VLLM_BATCH_INVARIANT is 1, for any T at some cost. No device value is read on the host but
+    block_start, once per tensor, if `max_blocks_per_expert` is given, so that a CUDA graph can hold the call. All
     tensors are contiguous and on one device, a CUDA GPU or the CPU.
 
     Args:
@@ -57,7 +57,7 @@ def sentinel_moe(
         block_start: [E + 1] int32: expert e keeps the blocks start[e]:start[e + 1].
         w13_scales: [n, 2, B, ⌈H / 128⌉] fp32 for 8-bit weights: of each row, one for 128 columns.
         w2_scales: [n, B, ⌈H / 128⌉] fp32 likewise; both or none.
-        max_blocks_per_expert: upper bound of start[e + 1] − start[e].  None reads it from the device.
+        max_blocks_per_expert: upper bound of start[e + 1] − start[e]. None reads it from the device.
 
     Returns:
         [T, H] in x's dtype.
@@ -66,7 +66,7 @@ def sentinel_moe(
         TypeError: a dtype is not as above.
         ValueError: a shape, stride or device is not as above.
         IndexError: an entry of block_start is out of range (on a CPU of a chosen expert); on a CPU also an expert id.
-        RuntimeError: ``max_blocks_per_expert`` is None while a CUDA graph is captured, or a gradient is asked for.
+        RuntimeError: `max_blocks_per_expert` is None while a CUDA graph is captured, or a gradient is asked for.
     """
     try:
         out: torch.Tensor = torch.ops.laguna_serve.sentinel_moe.default(

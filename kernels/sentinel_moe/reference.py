@@ -23,7 +23,7 @@ def sentinel_moe_reference(
     """Routed experts of which only some blocks are kept; arguments and result as `sentinel_moe`, computed in fp32.
 
     out[t] = Σ_j topk_weights[t, j] · Σ_b (silu(x[t] · gate_bᵀ) ∘ (x[t] · up_bᵀ)) · w2_b over the blocks b of expert
-    topk_ids[t, j].  The result is rounded to x's dtype once, at the end.
+    topk_ids[t, j]. The result is rounded to x's dtype once, at the end.
     """
     H = x.shape[1]
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

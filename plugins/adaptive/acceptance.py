@@ -1,8 +1,8 @@
 """How many of a draft's tokens will be accepted? Estimates by position, shared and for each request; pure.
 
 Position k is tried only where all before it were accepted: what is estimated is the chance of that try, and the chance
-that k tokens are accepted is the product of the first k.  The shared estimate forgets, by drafts and by steps: while
-few drafts are made, the few of late are what is known, and the estimate follows them quickly.  A request has one factor
+that k tokens are accepted is the product of the first k. The shared estimate forgets, by drafts and by steps: while
+few drafts are made, the few of late are what is known, and the estimate follows them quickly. A request has one factor
 on all positions, its successes over those expected of it, which it loses again while it is not drafted for.
 """
 
@@ -56,7 +56,7 @@ class Acceptance:
     def survivals(self, factor: int, room: int) -> list[float]:
         """Return for each number of tokens, from 1 on, the chance that all are accepted and of use; not to be changed.
 
-        `factor`: the request's, rounded; `room`: the most tokens that it has a use for, 0 to the width.  It is the same
+        `factor`: the request's, rounded; `room`: the most tokens that it has a use for, 0 to the width. It is the same
         list for the same of both, until something is observed.
         """
         survivals = self._survivals.get((factor, room))

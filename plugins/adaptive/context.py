@@ -1,8 +1,8 @@
 """A drafter's context, kept up without the drafter: what the target computed waits, and is written in one pass.
 
-A DFlash drafter attends to keys and values of its own, made of the target's hidden states.  In a step without drafts
-they are not needed yet, and making them costs as much as a small model's prompts do by some percent.  So the hidden
-states wait here with their positions and slots.  Those that nobody can read any more when a request ends are dropped;
+A DFlash drafter attends to keys and values of its own, made of the target's hidden states. In a step without drafts
+they are not needed yet, and making them costs as much as a small model's prompts do by some percent. So the hidden
+states wait here with their positions and slots. Those that nobody can read any more when a request ends are dropped;
 the others are written together, before the next pass of the drafter, before their blocks may be read through the prefix
 cache or change hands, and when many wait.
 
@@ -24,7 +24,7 @@ import torch
 from laguna_serve.plugins.drafting.context import store_taps
 from laguna_serve.plugins.repairs.row_counts import pad
 
-# What may wait, in rows and in bytes of hidden states, of which at least so many rows.  What was dropped and is not
+# What may wait, in rows and in bytes of hidden states, of which at least so many rows. What was dropped and is not
 # cleared away yet comes on top, at most so many times as much; places are a power of two.
 MOST_ROWS, MOST_BYTES, LEAST_ROWS = 16384, 128 << 20, 512
 MOST_DROPPED = 2
@@ -150,7 +150,7 @@ class WaitingContext:
     def end(self, model: Any, requests: Mapping[str, int]) -> None:
         """Settle the rows of requests that have ended, or begin anew, each with the position from which nobody reads.
 
-        Those from there on are dropped, the others written.  Dropped rows are cleared away once they are twice as many
+        Those from there on are dropped, the others written. Dropped rows are cleared away once they are twice as many
         as those that wait, which are copied for it.
         """
         self._gather()

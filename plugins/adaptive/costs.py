@@ -1,15 +1,15 @@
 """What does a step cost? Tables by requests and by rows per request, filled by the engine's own steps; pure.
 
 A step's time is that of the target, over one row per request and the drafted ones, and that of the drafter's pass
-behind it.  Both have a table: cells by (requests, drafted tokens per request).  What was never measured follows from
+behind it. Both have a table: cells by (requests, drafted tokens per request). What was never measured follows from
 what was: cells of the same number of requests scale their neighbours, and those of the next numbers give the shape.
 What was not measured for long is forgotten, and so tried again.
 Only ratios decide, so that times are kept in units of the machine's present *pace*, which follows every step quickly,
-while cells follow it slowly: other work on the machine slows all of them alike.  One wild step moves nothing by more
+while cells follow it slowly: other work on the machine slows all of them alike. One wild step moves nothing by more
 than a fixed factor.
 
 A step that also reads prompts takes a time per prompt token beside its cell's, for the target and, for the context of
-those tokens, in the drafter's pass.  Each table learns its own from steps of one cell that read more and less; what it
+those tokens, in the drafter's pass. Each table learns its own from steps of one cell that read more and less; what it
 leaves of a step's time is a measurement of the cell, worth as much as its share of the step.
 """
 
@@ -22,7 +22,7 @@ from itertools import accumulate, pairwise
 
 from laguna_serve.plugins.adaptive.prompt_rate import MOST_SURPRISE, PromptRate
 
-# A cell is the median of its last measurements while they are few: those of a cold machine are soon forgotten.  Then
+# A cell is the median of its last measurements while they are few: those of a cold machine are soon forgotten. Then
 # each further one counts as much as any before it, up to this.
 FIRST, FEW, CELL_MEMORY = 5, 16, 64
 PACE_RATE = 1 / 8

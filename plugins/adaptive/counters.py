@@ -1,7 +1,7 @@
 """Counts of drafted tokens per step and of time, from the engine's process into its server's /metrics.
 
-vLLM's own counters hear of drafts alone: not how often none were made.  The server makes a small file before it starts
-the engine, which finds it by a variable, counts in it, and takes its name away; both then share the memory.  Steps are
+vLLM's own counters hear of drafts alone: not how often none were made. The server makes a small file before it starts
+the engine, which finds it by a variable, counts in it, and takes its name away; both then share the memory. Steps are
 counted by drafted tokens per request, rounded.
 
     laguna:gamma_steps_total{drafted="0"}      steps without drafts

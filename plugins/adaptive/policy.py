@@ -1,20 +1,20 @@
 """How many tokens are drafted for each request of the next step: the number that commits the most per second; pure.
 
 For every width of the drafter's pass, tokens whose chance of being accepted is worth their row are drafted, and the
-width with the largest rate, expected tokens over expected time, is taken; none where that is plain decoding's.  To that
+width with the largest rate, expected tokens over expected time, is taken; none where that is plain decoding's. To that
 time belongs the drafter's context of the prompts, shared out among the tokens of as long answers as there were of late:
 where prompts are most of the work it may cost more than drafts bring.
 
-What is not done is not learnt about, so that now and then a step is spent on the full width, or on none.  A purse pays
+What is not done is not learnt about, so that now and then a step is spent on the full width, or on none. A purse pays
 for it: a small part of all time goes into it, more in the beginning, when a cold machine's steps say little, and such a
-step is taken when the purse holds what it is expected to lose.  A number of requests that never was, nor one near it,
+step is taken when the purse holds what it is expected to lose. A number of requests that never was, nor one near it,
 begins without drafts, which loses little; an engine's first drafts for a request or two are on the full width, as cold
 steps say little.
 
 **What comes out does not depend on this.**  Each number is fixed before its drafts are drawn, from earlier steps alone:
-their accepted counts, their times, and how many tokens a request may still get.  Given the tokens so far, the drafts
+their accepted counts, their times, and how many tokens a request may still get. Given the tokens so far, the drafts
 and their number, rejection sampling emits tokens of the target's distribution, whatever the number (0 is plain
-sampling); and greedy tokens are the target's own.  A number chosen by looking at the drafts themselves, their
+sampling); and greedy tokens are the target's own. A number chosen by looking at the drafts themselves, their
 probabilities for instance, would still be sound by that argument, but one that looked at which of them are accepted
 would not: keep it that way.
 """

@@ -1,9 +1,9 @@
 """vLLM's CPU model runner with the number of drafted tokens decided before every step (policy.py).
 
 Drafts are proposed at a step's end, and the scheduler takes as many as it is given: here the decision is made, the
-drafter's pass is as wide as it says, or left out, and what each request gets is cut to its number.  A step's time is
+drafter's pass is as wide as it says, or left out, and what each request gets is cut to its number. A step's time is
 from its beginning to the next one's, less the drafter's pass, where the next one has requests of it: then the engine
-did not wait for work.  In a step that also reads prompts the others decode; who ends with a step's tokens, by their
+did not wait for work. In a step that also reads prompts the others decode; who ends with a step's tokens, by their
 number, is not drafted for behind it, and nobody gets more drafts than there are tokens left for them.
 
 The pass is left out, too, where a sequence leaves it no room below the maximum length (stock vLLM then drafts zeros for

@@ -56,7 +56,7 @@ class Step:
 def begin_step(now: float, output: Output, requests: Mapping[str, State]) -> Step:
     """Begin a step; `requests`: the runner's, before it takes in this output.
 
-    A request decodes that has tokens of its own and is given one more, and its drafts.  One that is preempted reads
+    A request decodes that has tokens of its own and is given one more, and its drafts. One that is preempted reads
     anew what it had; one whose prompt ends in this step is not among those that decode before the next.
     """
     scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens

@@ -1,6 +1,6 @@
 """A LLaDA checkpoint: its config.json, and its tensors one at a time, whichever shard they are in.
 
-The keys and the names of tensors are those of GSAI-ML/LLaDA-8B-Instruct.  What a config may say there and the model
+The keys and the names of tensors are those of GSAI-ML/LLaDA-8B-Instruct. What a config may say there and the model
 here has not (biases, ALiBi, norms of queries and keys, …) is refused.
 """
 
@@ -98,7 +98,7 @@ def read_stored_dtype(folder: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, object]:
-    """Read a JSON object.  Raises DiffusionError where the file holds none."""
+    """Read a JSON object. Raises DiffusionError where the file holds none."""
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
 """LLaDA's transformer: Llama's, without a causal mask, under the published names of tensors.
 
-A position sees all positions.  The modules here are the weights and the arithmetic of one layer; `forward` runs whole
+A position sees all positions. The modules here are the weights and the arithmetic of one layer; `forward` runs whole
 sequences of one length, for training and for scoring, and `passes.py` runs unlike rows with bits of their own.
 
 Source: arXiv:2502.09992; the names are those of GSAI-ML/LLaDA-8B-Instruct's tensors.
@@ -116,7 +116,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = Fal
 
 
 class Llada(nn.Module):
-    """The model.  Its state's names are a checkpoint's."""
+    """The model. Its state's names are a checkpoint's."""
 
     def __init__(self, config: LladaConfig) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """One pass of the model over unlike row sets: other lengths, other blocks, with and without a cache.
 
 A row's bits must not depend on what shares the pass, or a state that was proposed would not get the logits that it
-gets alone.  A product's rounding may depend on its number of rows, and that of an elementwise function on where vectors
-end; so no operation here spans two row sets, and every shape follows from one of them alone.  Layer by layer all row
-sets are done before the next layer's weights are read.  On processors that costs nothing that matters; a GPU would
+gets alone. A product's rounding may depend on its number of rows, and that of an elementwise function on where vectors
+end; so no operation here spans two row sets, and every shape follows from one of them alone. Layer by layer all row
+sets are done before the next layer's weights are read. On processors that costs nothing that matters; a GPU would
 want products over fixed, larger numbers of rows, which has not been tried.
 """
 

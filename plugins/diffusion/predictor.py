@@ -1,9 +1,9 @@
 """The target's side of a decode: logits for any number of states of any number of requests in one pass.
 
 With a cache, a block is opened by a pass over the whole sequence: it gives the block's first logits and the keys and
-values of what is around the block, which the block's later states share.  That is an approximation, as the published
+values of what is around the block, which the block's later states share. That is an approximation, as the published
 ones are, and therefore part of the reference: the state in which a block is opened always gets its logits from the
-opening pass, every other one from the block's cache.  Which of the two follows from the state alone.
+opening pass, every other one from the block's cache. Which of the two follows from the state alone.
 
 Source: arXiv:2505.22618 (Fast-dLLM) for the two caches.
 """

@@ -1,6 +1,6 @@
 """Exact speculation: a pass evaluates more states than one, and the reference walks through those it comes by.
 
-A state is left by the reference's own step alone, on logits that were computed for that very state.  So by induction
+A state is left by the reference's own step alone, on logits that were computed for that very state. So by induction
 every state on the way is the reference's, whatever was proposed, at every temperature; and as the current state is
 always among those evaluated, no run takes more passes of the target than it has steps.
 

@@ -1,7 +1,7 @@
 """Whether proposals pay on this machine: a decode with them and one without take turns for a few seconds.
 
-A proposal costs rows, and a draft its own passes; what comes back depends on the model, the texts and the machine.  On
-two processor cores rows are never free, on a GPU a block's first few states nearly are.  The tokens are the same either
+A proposal costs rows, and a draft its own passes; what comes back depends on the model, the texts and the machine. On
+two processor cores rows are never free, on a GPU a block's first few states nearly are. The tokens are the same either
 way, so that the decision changes nothing but the time.
 """
 

@@ -1,7 +1,7 @@
 """Functions on NumPy arrays that Numba compiles: a drafter's small arithmetic on a CPU.
 
 Each is some ten operations on a few thousand numbers at most, of which every one costs torch several microseconds and
-NumPy one or two, whatever its size.  vLLM brings Numba along, for its n-gram drafts.
+NumPy one or two, whatever its size. vLLM brings Numba along, for its n-gram drafts.
 
 Numba is imported when a function is prepared, where one is needed: it takes 100 MiB, and before an engine's worker has
 begun, vLLM looks into the attributes of all modules there are, which an object of llvmlite's does not permit (vLLM

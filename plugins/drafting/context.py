@@ -1,6 +1,6 @@
 """A DFlash drafter's context on a CPU: written by whatever the drafter has, and the arithmetic around its products.
 
-The arithmetic is compiled, for drafters that kernels/dflash_context does not serve.  It is in float32, whatever the
+The arithmetic is compiled, for drafters that kernels/dflash_context does not serve. It is in float32, whatever the
 drafter computes in, and rounded once by who calls.
 """
 

@@ -1,8 +1,8 @@
 """A sequential head's drafts on a CPU: the formula of plugins/models/dflash_head.py, compiled by Numba.
 
 A place is some twenty operations on a few thousand numbers, each of which costs torch several microseconds and NumPy
-one or two whatever its size.  Compiled, a block of the toy takes a third of NumPy's time; at a vocabulary of 100,352
-reading the head's own matrix is what takes the time.  The head's tensors are read as they are, so that new weights
+one or two whatever its size. Compiled, a block of the toy takes a third of NumPy's time; at a vocabulary of 100,352
+reading the head's own matrix is what takes the time. The head's tensors are read as they are, so that new weights
 count at once.
 """
 

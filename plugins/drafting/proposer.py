@@ -1,10 +1,10 @@
 """vLLM's DFlash proposer for a CPU: the same drafts from the same rows, without padding, padding's kernels and copies.
 
-Stock vLLM hands rejected rows to the drafter's context, too, as a GPU cannot count them in time.  They lie behind the
+Stock vLLM hands rejected rows to the drafter's context, too, as a GPU cannot count them in time. They lie behind the
 last committed token, where the drafter's own rows are written before anything is read, and are left out here.
 
 Checked against vLLM 0.32.0: `SpecDecodeBaseProposer.propose`, `DFlashProposer.set_inputs_first_pass` and
-`GPUModelRunner.propose_draft_token_ids`.  tests/plugins/test_drafting.py compares drafts with stock vLLM's, step by
+`GPUModelRunner.propose_draft_token_ids`. tests/plugins/test_drafting.py compares drafts with stock vLLM's, step by
 step; where something is asked for that is not handled here, stock vLLM's functions are called.
 """
 
@@ -55,7 +55,7 @@ class CPUDFlashProposer(DFlashProposer):  # type: ignore[misc]
             positions: [rows].
             taps: the target's hidden states, each [≥ rows, hidden], all of one length.
             cad: of the step, of the drafter's group of layers.
-            cut: requests whose drafts a grammar may cut before they are verified.  What stands behind a cut is drawn
+            cut: requests whose drafts a grammar may cut before they are verified. What stands behind a cut is drawn
                 without regard to the draft that was cut, which is exact for a likeliest draft and for no drawn one;
                 theirs are the likeliest.
 

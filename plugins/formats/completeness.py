@@ -2,10 +2,10 @@
 
 vLLM misses norms at most: it passes over every module with a quantisation method, which unquantised linear layers have
 too, over quantised models as a whole, and takes a matrix that it merges of several (q, k and v, an expert's, all
-experts') for loaded with the first of them.  What is missing is then served as zeros, or as what lay in memory.
+experts') for loaded with the first of them. What is missing is then served as zeros, or as what lay in memory.
 
 Only what vLLM's loader reads of a checkpoint for the first time is held against the model: transfers of new weights may
-come in parts.  Read in vLLM 0.32.0 (model_loader/default_loader.py, models/utils.py).
+come in parts. Read in vLLM 0.32.0 (model_loader/default_loader.py, models/utils.py).
 """
 
 from __future__ import annotations

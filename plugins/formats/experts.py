@@ -3,12 +3,12 @@
 Plain Python, for the plugins, the launcher and the tools alike.
 
 A *base* holds every expert: in bf16, fp16 or fp32, or in FP8 as the releases have it, which is compressed-tensors'
-`float-quantized` with a scale for each 128×128 block of a matrix (tensors `weight` and `weight_scale`).  A *compact*
+`float-quantized` with a scale for each 128×128 block of a matrix (tensors `weight` and `weight_scale`). A *compact*
 checkpoint (`laguna compact`) holds blocks of atoms, and its config.json says so:
 
     "expert_pruning": {"format": "plain" or "fp8", "block_size": 64, "blocks_per_expert": 8, "kept_blocks": [per layer]}
 
-`format` is absent from checkpoints older than FP8, which are plain.  In "fp8" every atom's gate row, up row and down
+`format` is absent from checkpoints older than FP8, which are plain. In "fp8" every atom's gate row, up row and down
 column has its own scale for each 128 columns of the hidden size.
 
 Read in compressed-tensors 0.14 (quantization_args.py) and vLLM 0.32.0.
@@ -44,7 +44,7 @@ class ExpertFormatError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StoredExperts:
-    """The routed experts of a compact checkpoint: ``kept_blocks`` of each sparse layer, of ``block_size`` atoms."""
+    """The routed experts of a compact checkpoint: `kept_blocks` of each sparse layer, of `block_size` atoms."""
 
     format: str
     block_size: int
@@ -56,7 +56,7 @@ def read_stored_experts(config: Mapping[str, Any], name: str) -> StoredExperts |
     """Return what `expert_pruning` says is stored; None without it, and for masks that cut a base while it loads.
 
     Raises:
-        ExpertFormatError: it describes no pruned Laguna; the message begins with ``name``.
+        ExpertFormatError: it describes no pruned Laguna; the message begins with `name`.
     """
     described = config.get("expert_pruning")
     if not described or (isinstance(described, Mapping) and "keep_mask" in described):
@@ -100,10 +100,10 @@ def find_unserved(block_size: int, hidden_size: int, chosen: int) -> str | None:
 
 
 def read_base_format(config: Mapping[str, Any], name: str, what: str = "experts") -> str:
-    """Read how a base stores its routed experts, or a dense model its ``what``: PLAIN or FP8.
+    """Read how a base stores its routed experts, or a dense model its `what`: PLAIN or FP8.
 
     Raises:
-        ExpertFormatError: in another way, in which no atom can be taken out; the message begins with ``name``.
+        ExpertFormatError: in another way, in which no atom can be taken out; the message begins with `name`.
     """
     for key in ("quantization_config", "compression_config"):
         described = config.get(key)

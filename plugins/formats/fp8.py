@@ -1,8 +1,8 @@
 """FP8 weights (e4m3) and their scales: by 128×128 blocks of a matrix as the releases have them, or by atom.
 
-A weight is its FP8 value times its scale.  compressed-tensors shares a scale among 128 rows and 128 columns; pruning
+A weight is its FP8 value times its scale. compressed-tensors shares a scale among 128 rows and 128 columns; pruning
 takes atoms out of a matrix in another order than they lie in, so that an atom keeps its own copy of the scales of its
-128 columns.  FP8 payload and scales then are those of the base, to the bit.
+128 columns. FP8 payload and scales then are those of the base, to the bit.
 
 An FP8 value has 4 significant bits and a scale in bf16 8: their product is exact in fp32, and rounded in bf16.
 """
@@ -26,7 +26,7 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A weight matrix as it is stored: ``values`` [R, C], with ``scale`` [⌈R/128⌉, ⌈C/128⌉] where they are FP8."""
+    """A weight matrix as it is stored: `values` [R, C], with `scale` [⌈R/128⌉, ⌈C/128⌉] where they are FP8."""
 
     values: torch.Tensor
     scale: torch.Tensor | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# In config.json's dflash_config: {"rank": r}.  Also what its tensors' names begin with.
+# In config.json's dflash_config: {"rank": r}. Also what its tensors' names begin with.
 HEAD = "sequential_head"
 
 

@@ -1,14 +1,14 @@
 """Laguna with dense layers alone, each at its true width.
 
 Stock vLLM gives every layer the config's one `intermediate_size` and so holds, and reads for every token, the zeros
-that narrower layers are padded with.  Here a checkpoint's files are scanned before anything is allocated (padding.py),
+that narrower layers are padded with. Here a checkpoint's files are scanned before anything is allocated (padding.py),
 or the config says the widths (`laguna unpad` writes them); the padding is cut off on the host while the weights are
-loaded.  Gate and up are one matrix, as in vLLM's other dense models.
+loaded. Gate and up are one matrix, as in vLLM's other dense models.
 
-Checkpoints in FP8 (compressed-tensors, 128×128 blocks) are dequantised on a CPU (fp8_layers.py).  On a GPU an unpadded
+Checkpoints in FP8 (compressed-tensors, 128×128 blocks) are dequantised on a CPU (fp8_layers.py). On a GPU an unpadded
 one has vLLM's own layers at its widths, with gate and up apart; one with its padding is left to stock vLLM.
 
-Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0.  Tensor parallelism and other quantised weights are refused.
+Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0. Tensor parallelism and other quantised weights are refused.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The Laguna-format DFlash drafter with the rotary embedding and the sequential head that its config.json names.
 
-Published drafters say `rope_theta: 500000` and no `rope_parameters`.  From transformers 5.17 on LagunaConfig drops that
+Published drafters say `rope_theta: 500000` and no `rope_parameters`. From transformers 5.17 on LagunaConfig drops that
 key in favour of its own defaults, under which sliding layers, which is all that these drafters have, rotate with a
-theta of 10,000: keys and queries other than those it was trained with, and proposals that are seldom accepted.  vLLM's
---hf-overrides do not reach a drafter's config, hence a class.  A drafter that leaves `draft_vocab_size` out drafts
+theta of 10,000: keys and queries other than those it was trained with, and proposals that are seldom accepted. vLLM's
+--hf-overrides do not reach a drafter's config, hence a class. A drafter that leaves `draft_vocab_size` out drafts
 every token, which vLLM asks to be said.
 
-Checked against vLLM 0.32.0 with transformers 5.19.0.  But for the head it can go when
+Checked against vLLM 0.32.0 with transformers 5.19.0. But for the head it can go when
 `tests/plugins/test_dflash.py::test_stock_drops_the_published_theta` fails.
 """
 

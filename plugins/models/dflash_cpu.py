@@ -1,18 +1,18 @@
 """DFlash drafters on a CPU: their two classes with vLLM's grouped norms fixed, and their context's products packed.
 
 A drafter turns the target's hidden states into the keys and values of all its layers at once and normalises them with
-one call whose weights have a row per layer.  vLLM's CPU `rms_norm` takes the first row for every layer, and reads an
+one call whose weights have a row per layer. vLLM's CPU `rms_norm` takes the first row for every layer, and reads an
 expanded (stride 0) input as if it were contiguous, out of bounds: with two layers or more, acceptance falls to
-nothing and the text can be corrupted.  plugins/drafting/context.py has these norms, and the keys' rotation.
+nothing and the text can be corrupted. plugins/drafting/context.py has these norms, and the keys' rotation.
 
 vLLM makes those keys and values with torch's products, which arrange a matrix in bfloat16 for the processor anew in
-every call: for five layers of 2048 × 2048 and one row that takes as long as the products themselves.  Here they are
-multiplied as vLLM's linear layers are, arranged once, or as plugins/cpu_linear.py has these where it takes over.  Where
+every call: for five layers of 2048 × 2048 and one row that takes as long as the products themselves. Here they are
+multiplied as vLLM's linear layers are, arranged once, or as plugins/cpu_linear.py has these where it takes over. Where
 every layer has a norm of its own before its matrix (Laguna's), the norms' weights are multiplied into the matrices, so
-that one product serves all layers: each operation costs a small drafter's step as much as its arithmetic.  Drafters in
+that one product serves all layers: each operation costs a small drafter's step as much as its arithmetic. Drafters in
 bfloat16 have all of it done by one call (kernels/dflash_context) where plugins/cpu_linear.py takes over.
 
-Checked against vLLM 0.32.0.  The norms can go when
+Checked against vLLM 0.32.0. The norms can go when
 `tests/plugins/test_dflash.py::test_stock_grouped_norm_ignores_the_layer` fails.
 """
 

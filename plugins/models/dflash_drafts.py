@@ -1,11 +1,11 @@
 """Drafts of a DFlash drafter with a sequential head, chosen one place after the other.
 
-vLLM chooses all places of a block at once, from logits that it asks the drafter for.  Here each place's logits are
+vLLM chooses all places of a block at once, from logits that it asks the drafter for. Here each place's logits are
 completed by the head with the token that was chosen before it, in the V1 proposer (CPU) and in the V2 speculator (GPU);
 what rejection sampling is told of a drawn draft is the distribution that it was drawn from, given the draft's earlier
-places.  A drafter without a head goes vLLM's own way.
+places. A drafter without a head goes vLLM's own way.
 
-The methods are replaced when a drafter with a head is loaded, not before.  Checked against vLLM 0.32.0
+The methods are replaced when a drafter with a head is loaded, not before. Checked against vLLM 0.32.0
 (v1/spec_decode/llm_base_proposer.py, v1/worker/gpu/spec_decode/dflash/speculator.py); the second has not run on a GPU.
 """
 

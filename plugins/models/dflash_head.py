@@ -1,17 +1,17 @@
 """The sequential head of a DFlash drafter: what has been drafted in a block changes the places behind it.
 
 A block's places are drafted in one pass and know nothing of each other's tokens: under temperature the second place is
-drafted for all first tokens at once.  With e the table of tokens, h_k the drafter's last hidden state at place k and
+drafted for all first tokens at once. With e the table of tokens, h_k the drafter's last hidden state at place k and
 x_{k−1} the token before it (at k = 1 the anchor, which the target has committed),
 
     [z, c] = M [e(x_{k−1}); s_{k−1}] + P h_k + b        s_k = s_{k−1} + σ(z) ⊙ (tanh(c) − s_{k−1}),  s_0 = 0
     logits_k = the block's own logits + O s_k
 
-of rank r: e [V, r], M [2r, 2r], P [2r, H], O [V, r].  P h is one product for the whole block; what is left per place
-reads O, r/H of what the target's head is.  With O = 0 the drafter is what it was without a head.
+of rank r: e [V, r], M [2r, 2r], P [2r, H], O [V, r]. P h is one product for the whole block; what is left per place
+reads O, r/H of what the target's head is. With O = 0 the drafter is what it was without a head.
 
 Semi-autoregressive drafting is DSpark's (arXiv:2607.05147), whose plain head has a table of pairs of tokens in place of
-the state, `e` and `O` alone; the state is a GRU's with one gate.  Pure PyTorch: vLLM's class and the training share it.
+the state, `e` and `O` alone; the state is a GRU's with one gate. Pure PyTorch: vLLM's class and the training share it.
 """
 
 from __future__ import annotations

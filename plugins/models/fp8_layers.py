@@ -1,8 +1,8 @@
 """Checkpoints in FP8 on our own model classes: what vLLM's quantisation does for them, and what is done here.
 
-On a GPU vLLM's own kernels compute the linear layers in FP8.  On a CPU vLLM 0.32 has such kernels for processors with
+On a GPU vLLM's own kernels compute the linear layers in FP8. On a CPU vLLM 0.32 has such kernels for processors with
 AMX alone, and those want tiles of 32: here every FP8 linear layer is dequantised once, while it is loaded, and computed
-in the engine's dtype, on every processor alike.  Routed experts stay in FP8 on both (sentinel_moe takes them so), and
+in the engine's dtype, on every processor alike. Routed experts stay in FP8 on both (sentinel_moe takes them so), and
 scales of an FP8 KV cache go to vLLM's attention.
 
 Rounded to bf16, a dequantised weight loses up to half a unit in its last place (2⁻⁹ of its value); in fp32 it is exact.

@@ -1,11 +1,11 @@
 """Laguna as vLLM serves it, with the router's bias loaded.
 
-A checkpoint names that bias `mlp.experts.e_score_correction_bias`, or, as transformers' parameter, `mlp.gate.…`.  vLLM
+A checkpoint names that bias `mlp.experts.e_score_correction_bias`, or, as transformers' parameter, `mlp.gate.…`. vLLM
 hands every tensor under `experts.` to its expert loader, which passes over a name that it does not know, without a
-word, and passes over biases that no module has: it stays zero, and tokens go to other experts than in training.  The
+word, and passes over biases that no module has: it stays zero, and tokens go to other experts than in training. The
 subclass takes these tensors out and loads them itself.
 
-Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0.  It can go when
+Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0. It can go when
 `tests/plugins/test_laguna.py::test_stock_loader_drops_the_router_bias` fails.
 """
 

@@ -1,18 +1,18 @@
 """Laguna on a CPU, where vLLM's router cannot score its experts, and its experts run in our grouped kernel.
 
 vLLM's CPU router knows softmax scores and grouped top-k; Laguna scores with a sigmoid and selects with a bias that does
-not enter the weights, and stock vLLM fails an assertion on its first token.  The router accepts a routing function,
+not enter the weights, and stock vLLM fails an assertion on its first token. The router accepts a routing function,
 so the subclass gives one to every sparse layer.
 
 Experts in bfloat16 are blocks of which none is pruned, and `kernels/sentinel_moe` multiplies many tokens in two thirds
-of the time of vLLM's grouped product, and few as fast (docs/cpu.md); a token's bits do not depend on the others.  On
+of the time of vLLM's grouped product, and few as fast (docs/cpu.md); a token's bits do not depend on the others. On
 processors where matrix instructions make vLLM's the better one, and in other dtypes, experts are left to it.
 
 vLLM's grouped product wants the experts packed, and vLLM packs them the first time only: weights that are loaded again
 (`/collective_rpc reload_weights`, or a transfer for RL) stay in the checkpoint's layout and are read as if they were
-packed.  The subclass packs them every time.
+packed. The subclass packs them every time.
 
-Checked against vLLM 0.32.0.  The router's part can go when `CPURouter` scores with a sigmoid itself, that is when
+Checked against vLLM 0.32.0. The router's part can go when `CPURouter` scores with a sigmoid itself, that is when
 `tests/plugins/test_laguna.py::test_stock_router_cannot_score_with_a_sigmoid` fails; the packing's when
 `test_stock_experts_are_packed_once` does.
 """
@@ -46,7 +46,7 @@ logger = init_logger("vllm.laguna_serve.laguna_cpu")
 class WholeExperts(CPUUnquantizedExperts):  # type: ignore[misc]
     """Experts of which every atom is kept: each is one block of `sentinel_moe`, in the checkpoint's own memory.
 
-    w13_weight [E, 2N, H] holds the blocks as they are.  w2_weight [E, H, N] keeps its shape, so that weights can be
+    w13_weight [E, 2N, H] holds the blocks as they are. w2_weight [E, H, N] keeps its shape, so that weights can be
     copied into it again, over memory that has the kernel's order, [E, N, H].
     """
 

@@ -1,7 +1,7 @@
 """LLaDA in vLLM as a mask predictor: Llama's layers seeing both ways, a pooling model that gives every token's logits.
 
 vLLM's own engine decodes causal models; this is no decode but its oracle and a second backend: one state of a canvas is
-one pooling request (`plugins/diffusion/vllm_model.py`), without a cache.  The published checkpoint needs its own
+one pooling request (`plugins/diffusion/vllm_model.py`), without a cache. The published checkpoint needs its own
 code in transformers; its configuration is read here instead.
 
 Checked against vLLM 0.32.0: `LlamaForCausalLM`, `pooler_for_token_classify`.

@@ -1,9 +1,9 @@
 """Laguna's router: which experts a token goes to, and with what weights.
 
 On a GPU it is one launch, vLLM's own `topk_sigmoid`, which stock Laguna routes with: bias, renormalisation and scale
-included, and −1 for the rows by which vLLM fills up a CUDA graph's batch, so that no expert is read for them.  Those
+included, and −1 for the rows by which vLLM fills up a CUDA graph's batch, so that no expert is read for them. Those
 rows are looked up in the forward context, so that this is an operator of its own, which a compiled graph calls and does
-not look into.  Elsewhere it is plain torch.  Read in vLLM 0.32.0, whose CPU build has no such kernel.
+not look into. Elsewhere it is plain torch. Read in vLLM 0.32.0, whose CPU build has no such kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sigmoid scores; the bias takes part in the selection and not in the weights, which are multiplied by `scale`.
 
-    logits [T, E], soft-capped already; bias [E] fp32.  Returns weights [T, topk] fp32 and expert ids [T, topk] int32.
+    logits [T, E], soft-capped already; bias [E] fp32. Returns weights [T, topk] fp32 and expert ids [T, topk] int32.
 
     Source: `LagunaTopKRouter` in transformers' modular_laguna.py.
     """

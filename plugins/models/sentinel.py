@@ -7,13 +7,13 @@ Two kinds of checkpoint load:
   expert is cut down on the host as it is read, so that pruned blocks never reach the device.
 
 Both may be in FP8 (formats/experts.py): the blocks then stay so, with the scales of each atom in fp32, and
-fp8_layers.py says what becomes of the other layers.  Attention, norms, the dense layers and the shared experts are
+fp8_layers.py says what becomes of the other layers. Attention, norms, the dense layers and the shared experts are
 vLLM's Laguna; of its MoE layer nothing is used.
 
 Of several tensor-parallel ranks each holds a part of every expert's blocks (plugins/shards.py), and one all-reduce
 adds up what routed and shared experts give.
 
-Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0.  Expert parallelism is refused.
+Read in vLLM 0.26.0, 0.29.0 and 0.32.0, run on 0.32.0. Expert parallelism is refused.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class LagunaSentinelForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
 
 
 def _plan_layers(config: Any) -> dict[int, LayerPlan]:
-    """Sparse layer number → what it keeps.  Completes `config.expert_pruning`, which vLLM's compile cache hashes."""
+    """Sparse layer number → what it keeps. Completes `config.expert_pruning`, which vLLM's compile cache hashes."""
     shape = read_shape(config.to_dict(), str(config.name_or_path or "config.json"))
     described = getattr(config, "expert_pruning", None)
     if not isinstance(described, dict):

@@ -25,7 +25,7 @@ from laguna_serve.plugins.shards import WHOLE, Shard
 class LayerPlan:
     """What one sparse layer keeps.
 
-    ``pruning`` and ``index`` are set when the base's experts are cut while loading.
+    `pruning` and `index` are set when the base's experts are cut while loading.
     """
 
     kept_blocks: int
@@ -39,7 +39,7 @@ class LayerPlan:
 class SentinelExperts(nn.Module):
     """A sparse layer's routed experts: w13_blocks [n, 2, B, H], w2_blocks [n, B, H], block_start [E + 1] int32.
 
-    In FP8 with w13_scales [n, 2, B, G] and w2_scales [n, B, G] in fp32, G = ⌈H / 128⌉.  Of several ranks each holds a
+    In FP8 with w13_scales [n, 2, B, G] and w2_scales [n, B, G] in fp32, G = ⌈H / 128⌉. Of several ranks each holds a
     part of the blocks and gives a partial output.
     """
 

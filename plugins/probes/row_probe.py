@@ -3,9 +3,9 @@
     python -m laguna_serve.plugins.probes.row_probe < request.json
 
 The request: `arguments` (vLLM's flags), `sequence` (token ids), `rows` (at once, γ + 1), `copies` (of the sequence,
-beside each other).  The last line of stdout is a JSON object; serving/engine/row_check.py reads it.
+beside each other). The last line of stdout is a JSON object; serving/engine/row_check.py reads it.
 
-vLLM runs eagerly and in this process, so that its modules can be hooked.  How many rows it takes at once are two
+vLLM runs eagerly and in this process, so that its modules can be hooked. How many rows it takes at once are two
 settings of its scheduler's, which are changed between the runs (checked against vLLM 0.32.0).
 """
 

@@ -1,7 +1,7 @@
 """Finds the first operation of a model whose result for a row depends on the rows beside it.
 
-Hooks on every module see what goes in and what comes out.  A row stands for a token at a position of one sequence: its
-values are learned while the sequence goes through one row at a time, and compared while it goes through otherwise.  The
+Hooks on every module see what goes in and what comes out. A row stands for a token at a position of one sequence: its
+values are learned while the sequence goes through one row at a time, and compared while it goes through otherwise. The
 first that differ, in the order of computation, come from equal values before them, keys and values in the cache
 included, so the operation that made them is the one that differs.
 """

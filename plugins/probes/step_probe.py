@@ -2,12 +2,12 @@
 
     python -m laguna_serve.plugins.probes.step_probe MARK 'ARGUMENTS'
 
-MARK: what an answer's line is to begin with; ARGUMENTS: vLLM's flags, a JSON list.  A line of stdin is a request,
+MARK: what an answer's line is to begin with; ARGUMENTS: vLLM's flags, a JSON list. A line of stdin is a request,
 `{"prompt": token ids or text, "max_tokens": N, "temperature": T, "apart": bool}`; a line of stdout that begins with
-MARK is its answer, a `Decoded`, and the first one `null`, when the engine is up.  bench/step_cost reads them.
+MARK is its answer, a `Decoded`, and the first one `null`, when the engine is up. bench/step_cost reads them.
 
-Times are processor time of the whole process: what others take of the machine counts as little as it can.  Steps that
-read a prompt are left out.  With `apart`, every call of a part is timed, too, each call's time without that of the
+Times are processor time of the whole process: what others take of the machine counts as little as it can. Steps that
+read a prompt are left out. With `apart`, every call of a part is timed, too, each call's time without that of the
 parts that it calls; that costs a few per cent, so that totals come from requests without it.
 
 Checked against vLLM 0.32.0, whose functions PARTS names.

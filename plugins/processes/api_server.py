@@ -1,7 +1,7 @@
 """vLLM's API server, as `python -m vllm.entrypoints.openai.api_server` runs it, without a search for garbage at start.
 
 While its 5,000 modules are imported, and five times more until the engine answers, Python looks through the million
-objects that imports make, and finds next to none that can go.  Here imports are not searched, and what they made is
+objects that imports make, and finds next to none that can go. Here imports are not searched, and what they made is
 left out of all later searches (`gc.freeze`), also of those of a core that is forked from this process.
 
     python -m laguna_serve.plugins.processes.api_server --model MODEL …    as vLLM's own module

@@ -1,12 +1,12 @@
 """vLLM's engine core on a CPU: forked from its server, which has imported everything already.
 
-Before it makes the core, the server has imported 5,000 modules.  On a GPU vLLM then forks; on a CPU it starts a second
-interpreter, which imports them all again: on two cores that is half of the time until the engine answers.  The reason
-is OpenMP.  A fork copies one thread, and of a team of OpenMP's threads only what waits for them, so that the first
-parallel region of such a child never ends.  A server that has had no parallel region yet has no team, and forks safely;
+Before it makes the core, the server has imported 5,000 modules. On a GPU vLLM then forks; on a CPU it starts a second
+interpreter, which imports them all again: on two cores that is half of the time until the engine answers. The reason
+is OpenMP. A fork copies one thread, and of a team of OpenMP's threads only what waits for them, so that the first
+parallel region of such a child never ends. A server that has had no parallel region yet has no team, and forks safely;
 whether it has had one is asked of a child made for the purpose.
 
-Checked against vLLM 0.32.0.  It can go when vLLM's own CPU platform leaves VLLM_WORKER_MULTIPROC_METHOD alone.
+Checked against vLLM 0.32.0. It can go when vLLM's own CPU platform leaves VLLM_WORKER_MULTIPROC_METHOD alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # More numbers than torch adds up in one thread (32,768).
 PARALLEL = 1 << 20
-# A team that is not there is waited for for ever; one that is takes milliseconds.  On a machine so busy that it takes
+# A team that is not there is waited for for ever; one that is takes milliseconds. On a machine so busy that it takes
 # longer, the core is started as vLLM does it.
 TRIAL_S = 5
 

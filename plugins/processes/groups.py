@@ -1,10 +1,10 @@
 """Process groups of one: of the fifteen that an engine on a CPU makes, each had a thread of gloo's; they share one.
 
-vLLM makes a group of every kind of parallelism whether or not there is any.  Each opens a device of gloo's, whose
+vLLM makes a group of every kind of parallelism whether or not there is any. Each opens a device of gloo's, whose
 thread looks for messages a hundred times a second, of which none can come: an engine that has nothing to do takes 1.5%
 of a core, and one that has is interrupted 1,500 times a second.
 
-Checked against torch 2.13 and vLLM 0.32.0.  It can go when
+Checked against torch 2.13 and vLLM 0.32.0. It can go when
 `tests/plugins/test_processes.py::test_stock_groups_of_one_have_a_thread_each` fails.
 """
 

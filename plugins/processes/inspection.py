@@ -1,11 +1,11 @@
 """What vLLM asks of a model's class on a CPU: asked in this process, which imports the class anyway.
 
 Before it makes an engine, vLLM asks every model class what it can do (its attention, whether it pools), in a new
-interpreter: an import there might take hold of a GPU.  That interpreter imports torch and vLLM, six seconds on two
-cores for the target and again for its drafter, at the first start after each change of a model's file.  A CPU is not
+interpreter: an import there might take hold of a GPU. That interpreter imports torch and vLLM, six seconds on two
+cores for the target and again for its drafter, at the first start after each change of a model's file. A CPU is not
 taken hold of, and the engine's core, forked from this process (core.py), finds the class imported.
 
-Checked against vLLM 0.32.0.  It can go when `test_stock_asks_classes_in_another_interpreter` of
+Checked against vLLM 0.32.0. It can go when `test_stock_asks_classes_in_another_interpreter` of
 tests/plugins/test_processes.py fails.
 """
 

@@ -1,9 +1,9 @@
 """Room on Python's stack for an engine's steps, so that no call in them asks the system for memory every time.
 
 CPython keeps frames in chunks of 16 KiB, which it maps when a call does not fit the last one and gives back when that
-call returns (`push_chunk` of Python/pystate.c, 3.11 and later).  Where a chunk happens to end at a call that a step
+call returns (`push_chunk` of Python/pystate.c, 3.11 and later). Where a chunk happens to end at a call that a step
 makes again and again, each of them costs several microseconds instead of a twentieth of one; with the toy this was 6%
-of plain decoding once, at every attention layer, and a frame more or less anywhere below moved it elsewhere.  A frame
+of plain decoding once, at every attention layer, and a frame more or less anywhere below moved it elsewhere. A frame
 that asks for half a MiB is given a chunk of its own of one MiB, in whose other half all calls of a step find room.
 
 Checked against vLLM 0.32.0.

@@ -1,6 +1,6 @@
 """Repairs of vLLM's serving: what one request asks for neither ends the engine nor is refused without need.
 
-One module per fault, each with the vLLM version it was checked against and the test that fails when it can go.  They
+One module per fault, each with the vLLM version it was checked against and the test that fails when it can go. They
 replace attributes of vLLM's modules in every process that loads the plugin: the front end checks, the engine samples.
 """
 
@@ -27,7 +27,7 @@ FRONT_END = (
     "response_stream_errors",
     "router_errors",
 )
-# Sequences that one prompt may ask for (`n`, beams): OpenAI's limit.  vLLM's own is 16,384, which one request of a few
+# Sequences that one prompt may ask for (`n`, beams): OpenAI's limit. vLLM's own is 16,384, which one request of a few
 # bytes turns into hours of everybody's time.
 MOST_SEQUENCES = 128
 

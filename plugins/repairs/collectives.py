@@ -1,10 +1,10 @@
 """Data parallelism of a mixture on a CPU: collectives of unlike many rows, which every layer of experts needs.
 
-A mixture's ranks gather all ranks' rows in front of the experts and share their sums out behind them.  vLLM's
+A mixture's ranks gather all ranks' rows in front of the experts and share their sums out behind them. vLLM's
 communicator of a CPU chooses that way and then lacks its two operations (vllm#57837): the first request ends the
-engine.  Gloo gathers what is of one shape only, so that shorter parts travel filled up.
+engine. Gloo gathers what is of one shape only, so that shorter parts travel filled up.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_repairs.py::test_stock_cannot_gather_unlike_many_rows` fails.
 """
 

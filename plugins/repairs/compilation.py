@@ -2,17 +2,17 @@
 
 On a CPU vLLM compiles by Inductor without its own backend, so that what it stores is a plain function; loading asks
 that function for `finalize_loading`, which only the backend's object has, and compiles again: half a minute of every
-start on two cores, where loading takes two seconds.  Here a plain function counts as loaded.
+start on two cores, where loading takes two seconds. Here a plain function counts as loaded.
 
 What is stored holds vectorised C++ of one instruction set, which vLLM's name for it leaves out: here it is a part of
 the name, as a home folder may be shared by unlike processors and `ATEN_CPU_CAPABILITY` set for one start.
 
 Matrices prepared for oneDNN give their memory back when they are collected, by two operations of torch: in the midst of
-tracing these are recorded instead of run, fail, and print the tensor by more of them, until the stack ends.  It happens
-to the output layer of a drafter that takes the target's, if the collector comes by while the model is compiled.  Here
+tracing these are recorded instead of run, fail, and print the tensor by more of them, until the stack ends. It happens
+to the output layer of a drafter that takes the target's, if the collector comes by while the model is compiled. Here
 they run whatever is being traced.
 
-Checked against vLLM 0.32.0.  The halves can go when `test_stock_loader_wants_more_than_a_function` and
+Checked against vLLM 0.32.0. The halves can go when `test_stock_loader_wants_more_than_a_function` and
 `test_stock_handle_is_not_released_while_tracing` of tests/plugins/test_repairs.py fail.
 """
 

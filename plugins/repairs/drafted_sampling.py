@@ -1,11 +1,11 @@
 """Sampling parameters beside a drafter: what comes out is what comes out without one.
 
 To verify n drafts of a request, n + 1 rows of logits are sampled from: n *target* rows, one per draft, and the *bonus*
-row behind them.  vLLM's V1 rejection sampler, on a CPU,
+row behind them. vLLM's V1 rejection sampler, on a CPU,
 
 - hands temperature, top-k and top-p to the target rows through `expand_kernel`, whose replacement
   (`_expand_kernel_impl` in utils/cpu_triton_utils.py) writes into an int64 copy of a float output and drops it: logits
-  are divided by uninitialised memory.  bench/sampling.py found it: on the toy pair the likeliest second token came in
+  are divided by uninitialised memory. bench/sampling.py found it: on the toy pair the likeliest second token came in
   41% of the completions instead of 20%;
 - fails on a step without drafts (every prefill) beside `top_k` alone, where it takes the maximum of no rows: the
   engine ends;
@@ -15,13 +15,13 @@ row behind them.  vLLM's V1 rejection sampler, on a CPU,
 - draws other numbers from a request's `seed` than sampling without a drafter does, and as many as the drafts need.
 
 Where all requests are greedy, or have a temperature, and nothing else is asked for, verification.py does it by few
-operations.  Otherwise all rows are processed as the plain sampler processes its one, in its order: bias, penalties,
-masks; temperature, min_p, top-k, top-p.  A request with a seed draws each row's token as the plain sampler would and
+operations. Otherwise all rows are processed as the plain sampler processes its one, in its order: bias, penalties,
+masks; temperature, min_p, top-k, top-p. A request with a seed draws each row's token as the plain sampler would and
 keeps the drafts for as long as they are those tokens: the same seed gives the same text with and without a drafter.
 For drafts that are the drafter's likeliest tokens this accepts as many as rejection sampling; of drawn drafts it
 accepts fewer.
 
-Checked against vLLM 0.32.0.  It can go when `tests/plugins/test_repairs.py::test_stock_sampling_beside_drafts` fails
+Checked against vLLM 0.32.0. It can go when `tests/plugins/test_repairs.py::test_stock_sampling_beside_drafts` fails
 in each of its lines.
 """
 

@@ -1,11 +1,11 @@
 """Steps on a CPU in numbers of rows that come again (row_counts.py), whatever prompts they read.
 
 On a GPU vLLM pads steps to the sizes that its graphs were captured for, and models are written for that: rows behind
-the last token write nothing into the KV cache, and what they compute is read by nobody.  Here steps are padded
+the last token write nothing into the KV cache, and what they compute is read by nobody. Here steps are padded
 likewise; not those of pooling models, whose sequences a model may find by its rows, nor beside adapters, which vLLM
 has mapped to a step's tokens by then.
 
-Checked against vLLM 0.32.0: `_determine_batch_execution_and_padding` of the V1 runner.  It can go when
+Checked against vLLM 0.32.0: `_determine_batch_execution_and_padding` of the V1 runner. It can go when
 `tests/plugins/test_padded_rows.py::test_stock_pads_no_step` fails.
 """
 

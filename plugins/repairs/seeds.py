@@ -1,11 +1,11 @@
 """Requests with a `seed` whose prompt does not fit into one step.
 
 A step that computes a part of a prompt samples a token for it and drops it, and vLLM turns the request's generator
-back by what that took: `set_offset`, which a CPU's generator does not have ("CPU Generator does not use offset").  One
-request with a long prompt, or with several prompts, ends the engine.  Here a dropped token is drawn without the
+back by what that took: `set_offset`, which a CPU's generator does not have ("CPU Generator does not use offset"). One
+request with a long prompt, or with several prompts, ends the engine. Here a dropped token is drawn without the
 request's generator, which has then nothing to turn back: a seed gives the same tokens wherever its prompt was cut.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_repairs.py::test_stock_runner_turns_a_generator_back` fails.
 """
 

@@ -1,15 +1,15 @@
 """`thinking_token_budget` whatever else the step computes: drafts, parts of prompts, other requests.
 
-vLLM's holder changes its state while it masks a step's logits, as if what it forces were always taken.  A step that
+vLLM's holder changes its state while it masks a step's logits, as if what it forces were always taken. A step that
 computes a part of a prompt drops its token, and so does one whose drafts are rejected earlier: the marker that ends the
-thinking then comes a token late.  Where a drafter proposes the marker itself, it comes twice.  A step of a drafter's
-engine in which nobody has drafts masks the first request's row for everyone.  And a request that moves into the row of
+thinking then comes a token late. Where a drafter proposes the marker itself, it comes twice. A step of a drafter's
+engine in which nobody has drafts masks the first request's row for everyone. And a request that moves into the row of
 one that has ended takes its budget over: the marker stands in the middle of an answer that asked for no budget.
 
-What the budget asks of the next token follows from the tokens before it alone.  `Section` says where a sequence stands
+What the budget asks of the next token follows from the tokens before it alone. `Section` says where a sequence stands
 after any prefix, so a row of logits is masked by its own prefix: the committed tokens, and the drafts before it.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_thinking_budget.py::test_stock_holder_is_late_after_a_part_of_a_prompt` and
 `::test_stock_holder_leaves_a_budget_in_its_row` fail.
 """

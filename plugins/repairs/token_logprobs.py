@@ -2,10 +2,10 @@
 
 vLLM gives the log-probabilities of the tokens that a request names (`logprob_token_ids`) in the place of the likeliest
 ones of *every* request of the step: a neighbour's `logprobs: 5` gets the wrong number of columns, filled with token 0
-at minus infinity.  With a drafter they are missing altogether, and the front end ends in "list index out of range".
+at minus infinity. With a drafter they are missing altogether, and the front end ends in "list index out of range".
 Here each request's row holds what that request asked for.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_repairs.py::test_stock_logprob_token_ids_replace_the_neighbours` fails.
 """
 

@@ -1,13 +1,13 @@
 """Drafts verified by few operations, where requests ask for nothing but greedy tokens, or nothing but a temperature.
 
 Beside a temperature vLLM prepares every row for every parameter, draws a replacement for each draft and a token behind
-them, and has a kernel choose among them: some hundred small operations on a CPU.  Of a request's rows one alone is
-drawn from in the end, that of its first rejected draft, or the one behind its last.  Which one it is depends on the
+them, and has a kernel choose among them: some hundred small operations on a CPU. Of a request's rows one alone is
+drawn from in the end, that of its first rejected draft, or the one behind its last. Which one it is depends on the
 drafts' own chances alone, so that it is found first (arXiv:2211.17192, algorithm 1).
 
 With p the target's distribution at a row and q what its draft x was drawn from (for likeliest drafts all on x), x is
 kept with probability min(1, p(x) / q(x)); else the token is drawn from what p has beyond q, by the inverse of its
-cumulated weights: one random number a row, where an exponential race takes one for each of a vocabulary.  On a CPU:
+cumulated weights: one random number a row, where an exponential race takes one for each of a vocabulary. On a CPU:
 rows are read as NumPy's, whose small operations take a fraction of torch's.
 """
 

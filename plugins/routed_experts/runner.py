@@ -1,10 +1,10 @@
 """vLLM's CPU model runner with the experts of every step recorded and handed to the scheduler.
 
 vLLM's connector for this is wired to model runner V2, which a CPU cannot run; its scheduler does not ask which runner
-there is.  Here runner V1 drives the same connector: the rows of a step, less those of rejected drafts, become blocks
+there is. Here runner V1 drives the same connector: the rows of a step, less those of rejected drafts, become blocks
 under the hashes of the KV cache, so that a request which finds its prompt there finds its experts, too.
 
-Checked against vLLM 0.32.0, without asynchronous scheduling, which vLLM turns off on a CPU.  It can go when
+Checked against vLLM 0.32.0, without asynchronous scheduling, which vLLM turns off on a CPU. It can go when
 `tests/plugins/test_routed_experts.py::test_stock_runner_is_refused` fails.
 """
 

@@ -1,8 +1,8 @@
 """Where a mixture shows which experts it chose: an operator that hands the ids on to whom vLLM has bound.
 
-vLLM binds its capturer to a model's routers when it makes the KV cache, after the model was compiled.  On a CPU the
+vLLM binds its capturer to a model's routers when it makes the KV cache, after the model was compiled. On a CPU the
 graph looks through the router, so that a capture bound later is in no graph; here the graph calls an operator which it
-does not look into, and which asks for the capture when it runs.  Its output is its input's copy: what a graph uses
+does not look into, and which asks for the capture when it runs. Its output is its input's copy: what a graph uses
 stays in it.
 
 Read in vLLM 0.32.0 (`model_executor/layers/fused_moe/routed_experts_capturer.py`); older versions return no experts

@@ -1,7 +1,7 @@
 """The output folder: what may be written into, what is already there, and files that appear whole or not at all.
 
 A journal (`compact.json`, `unpad.json`, …) holds everything that decides the outcome and the finished files; with it
-the same command continues after an interruption, and another one is refused.  config.json and the index come last, so
+the same command continues after an interruption, and another one is refused. config.json and the index come last, so
 that a folder with a config.json is a whole checkpoint.
 """
 
@@ -52,7 +52,7 @@ class Output:
         return name in self.finished and path.is_file() and path.stat().st_size == self.finished[name]
 
     def start(self) -> None:
-        """Make the folder ours.  A checkpoint that is no longer whole must not look like one: its config.json goes."""
+        """Make the folder ours. A checkpoint that is no longer whole must not look like one: its config.json goes."""
         self.complete = False
         self._save()
         (self.folder / "config.json").unlink(missing_ok=True)

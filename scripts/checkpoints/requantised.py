@@ -2,7 +2,7 @@
 
 The layout is that of Laguna-XS.2-FP8 (tests/fixtures/releases): compressed-tensors' `float-quantized`, 128×128 blocks,
 `weight` in e4m3 with `weight_scale` in bf16, in the feed-forward layers alone; attention, router, embedding and head
-stay as they are, and a scale each for keys and values asks for an FP8 KV cache.  The releases rotate the residual
+stay as they are, and a scale each for keys and values asks for an FP8 KV cache. The releases rotate the residual
 stream first (`transform_config`), which is stored in the weights and no work at run time; here nothing is rotated.
 
 Files, their metadata and the order of the tensors are kept, and written one at a time.

@@ -1,7 +1,7 @@
 """Change the stored width of a dense Laguna's feed-forward layers: cut the padding off, or put it back.
 
 Both ways keep the files, their metadata and the place of every tensor, so that padding what was unpadded gives the
-first checkpoint again, bit for bit (but for zeros with a minus sign, which `unpad` counts).  What is needed for the way
+first checkpoint again, bit for bit (but for zeros with a minus sign, which `unpad` counts). What is needed for the way
 back stands in the unpadded config.json:
 
     "architectures": ["LagunaDenseForCausalLM"]
@@ -11,7 +11,7 @@ back stands in the unpadded config.json:
 
 where `kept_units` has the layers of which not the first units were kept, as runs [start, stop).
 
-Scales of FP8 matrices are cut to the blocks of the true width.  What the blocks of padding had is in
+Scales of FP8 matrices are cut to the blocks of the true width. What the blocks of padding had is in
 `unpadded_from.padding_scales` (matrix → its value).
 """
 

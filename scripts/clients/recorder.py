@@ -24,7 +24,7 @@ ASKING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messa
 
 @dataclass(frozen=True, slots=True)
 class RecordedRequest:
-    """One that has been answered; ``error`` is the beginning of the body of a refusal."""
+    """One that has been answered; `error` is the beginning of the body of a refusal."""
 
     method: str
     path: str
@@ -34,7 +34,7 @@ class RecordedRequest:
 
 @dataclass(slots=True)
 class Recorder:
-    """``url`` is where it listens; ``requests`` are in the order of their ends; the next ``swaps`` find no model."""
+    """`url` is where it listens; `requests` are in the order of their ends; the next `swaps` find no model."""
 
     url: str = ""
     requests: list[RecordedRequest] = field(default_factory=list)

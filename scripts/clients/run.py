@@ -1,8 +1,8 @@
 """Which clients work with `laguna serve`? Runs Python and Node SDKs and three coding agents against the toy, offline.
 
 The clients live in environments of their own (.venv-clients, .node-clients), in locked releases, which
-`bash scripts/clients.sh` makes first; after that nothing of the network is needed.  The server is the real one:
-engine, gateway, the vendor's parsers.  As the toy calls no tool by itself, a tool call's text is forced by a regular
+`bash scripts/clients.sh` makes first; after that nothing of the network is needed. The server is the real one:
+engine, gateway, the vendor's parsers. As the toy calls no tool by itself, a tool call's text is forced by a regular
 expression, or by a schema where the client's API has no such field.
 """
 
@@ -162,7 +162,7 @@ def run_laguna(arguments: Sequence[str], folder: Path) -> Iterator[str]:
 
 
 def wait_for_url(server: subprocess.Popen[bytes], said: Path) -> str:
-    """From the server's greeting.  Raises SystemExit with what it said when it ends or is silent."""
+    """From the server's greeting. Raises SystemExit with what it said when it ends or is silent."""
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and server.poll() is None:
         for line in said.read_text(encoding="utf-8").splitlines():

@@ -1,12 +1,12 @@
-"""What does each part of DANTE do?  The same training without it, seed by seed, beside plain fine-tuning and the start.
+"""What does each part of DANTE do? The same training without it, seed by seed, beside plain fine-tuning and the start.
 
-Arms: base (the initialisation), sft, no-cwce, no-tea, no-curriculum, full, and tea-sum (the anchor as printed).  A seed
-draws --share of the records, for every arm alike, and shuffles where there is no curriculum.  Measured in nats per byte
-on the teacher's answers to prompts of another cache, and on other text, which tells what is forgotten.  Differences are
+Arms: base (the initialisation), sft, no-cwce, no-tea, no-curriculum, full, and tea-sum (the anchor as printed). A seed
+draws --share of the records, for every arm alike, and shuffles where there is no curriculum. Measured in nats per byte
+on the teacher's answers to prompts of another cache, and on other text, which tells what is forgotten. Differences are
 paired by text and seed.
 
-Writes ablation.json, ablation.md and ablation.png to --out, and every student.  What is trained is kept: the same
-command continues, and with more --seeds trains what is new.  It needs .venv-train (scripts/client_env.sh train).
+Writes ablation.json, ablation.md and ablation.png to --out, and every student. What is trained is kept: the same
+command continues, and with more --seeds trains what is new. It needs .venv-train (scripts/client_env.sh train).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Ask a teacher for the answers that a student is to learn: a cache of records in JSON Lines.
 
 Each prompt gets a greedy answer with the log-probabilities of its likeliest tokens, and sampled ones, of any endpoint
-that speaks OpenAI's API: vLLM, the gateway.  Left out: prompts that occur twice, and prompts and answers that share 13
+that speaks OpenAI's API: vLLM, the gateway. Left out: prompts that occur twice, and prompts and answers that share 13
 words in a row with a problem of --evaluations.
 
-Writes shard-NNNNN.jsonl, cache.json and cache.png to --out.  Every prompt's answers are noted as they come: the same
+Writes shard-NNNNN.jsonl, cache.json and cache.png to --out. Every prompt's answers are noted as they come: the same
 command continues, and with more prompts asks for what is new.
 """
 

@@ -1,4 +1,4 @@
-"""One training run: student, trainer and state.  Imported in an environment with TRL alone."""
+"""One training run: student, trainer and state. Imported in an environment with TRL alone."""
 
 from __future__ import annotations
 

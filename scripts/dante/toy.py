@@ -1,10 +1,10 @@
 """The whole of it at toy scale: teacher → cache → student with a tokenizer of its own → ablation → served.
 
-The teacher is served by vLLM and asked, in chats, to complete functions of Python's standard library.  The student has
-SmolLM3's shape and a vocabulary of 1,024, and has read the same library.  After the ablation the full student is served
+The teacher is served by vLLM and asked, in chats, to complete functions of Python's standard library. The student has
+SmolLM3's shape and a vocabulary of 1,024, and has read the same library. After the ablation the full student is served
 by vLLM in float32 and must give transformers' tokens.
 
-Every stage goes on where it was stopped.  It needs .venv-train (scripts/client_env.sh train).
+Every stage goes on where it was stopped. It needs .venv-train (scripts/client_env.sh train).
 """
 
 from __future__ import annotations

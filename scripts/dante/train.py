@@ -1,8 +1,8 @@
 """Teach a student what is in a cache: DANTE's losses on TRL's SFTTrainer and Accelerate.
 
-Rows are sorted from easy to hard, once; every epoch goes through them again.  Weights and optimiser are float32, and
+Rows are sorted from easy to hard, once; every epoch goes through them again. Weights and optimiser are float32, and
 --precision bfloat16 computes in bfloat16 over them: in bfloat16 weights a step of this learning rate is mostly rounded
-away.  Writes the student, with training.json, curves and a model card, to --out.  The state is saved on the way: the
+away. Writes the student, with training.json, curves and a model card, to --out. The state is saved on the way: the
 same command continues.
 
 It needs .venv-train, which `bash scripts/client_env.sh train` makes.

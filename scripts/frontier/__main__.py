@@ -1,12 +1,12 @@
-"""Which score prunes best?  Held-out loss against bytes for the masks of every score, and how far the scores agree.
+"""Which score prunes best? Held-out loss against bytes for the masks of every score, and how far the scores agree.
 
-Scores come from passes over random draws of the calibration text (one per seed).  Masks are applied in memory, no
+Scores come from passes over random draws of the calibration text (one per seed). Masks are applied in memory, no
 checkpoint is written, in the model's own format and in FP8 as `laguna compact --to fp8` stores it: groups by `loss`,
 `heapr`, `output`, `magnitude` and `reap`, single atoms by two of them, whole experts as REAP takes them from the router
-and as MoNE replaces them by constants, random groups, and the blocks of `heapr` routed to one by one.  Differences are
+and as MoNE replaces them by constants, random groups, and the blocks of `heapr` routed to one by one. Differences are
 paired by row and draw.
 
-Writes frontier.json, frontier.md and pictures to --out.  Every loss is noted as it is measured: the same command goes
+Writes frontier.json, frontier.md and pictures to --out. Every loss is noted as it is measured: the same command goes
 on after an interruption, and with more --seeds measures what is new.
 """
 

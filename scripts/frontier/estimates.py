@@ -1,9 +1,9 @@
 """What can be said of losses that were measured on the same rows of text, with masks of several calibration draws.
 
-Rows and draws are two samples that are crossed: a mask of every draw is measured on every row.  The variance of a mean
+Rows and draws are two samples that are crossed: a mask of every draw is measured on every row. The variance of a mean
 is that of the rows plus that of the draws, the rows' by the ratio of sums (rows differ in length), and its interval is
-Student's t with Satterthwaite's degrees of freedom.  What rows and draws share is counted in both, so that intervals
-are a little wide.  One draw alone says nothing of draws: the interval then is that of the rows.
+Student's t with Satterthwaite's degrees of freedom. What rows and draws share is counted in both, so that intervals
+are a little wide. One draw alone says nothing of draws: the interval then is that of the rows.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def keep_whole(keep: npt.NDArray[np.bool_], indices: npt.NDArray[np.int64]) -> P
 def weigh_mask(mask: Mask, base: Base, target: Target, stored: str) -> int:
     """Bytes of the whole model as `laguna compact` stores what the mask keeps, MoNE's constants beside it.
 
-    stored: the experts' format, plain or fp8.  The router keeps its rows.
+    stored: the experts' format, plain or fp8. The router keeps its rows.
     """
     change = mask.change
     size = measure_savings(Compaction(base, change.pruning, zeroed=False, format=stored), target).bytes_after

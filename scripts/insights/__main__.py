@@ -1,7 +1,7 @@
 """Draw what pruning does: scores layer by layer, the share pruned of each layer, and benchmarks by share.
 
 --masks is a folder that score_experts.py wrote, or the published artefacts: atomic_scores.npy and keep masks are read,
-and summary.json where it is ours.  --suites are results of evals/suites.py, each of a model pruned by that share.
+and summary.json where it is ours. --suites are results of evals/suites.py, each of a model pruned by that share.
 Writes scores.png, layers.png, suites.png (of what was given) and insights.json to --out.
 """
 

@@ -1,7 +1,7 @@
 """The toy family's text: Python's standard library, cut into training modules and held-out ones.
 
 The cut is by module: one whose name hashes to 0 modulo `HELD_OUT_EVERY` is never seen in training, neither by the
-tokenizer nor by teacher or drafter, and the benchmark prompts come from those alone.  The library is the running
+tokenizer nor by teacher or drafter, and the benchmark prompts come from those alone. The library is the running
 interpreter's, so another Python patch release gives a slightly different corpus.
 """
 

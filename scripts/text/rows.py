@@ -1,7 +1,7 @@
 """Text to score experts on or to measure a loss on, as rows of token ids.
 
-A source is a file or one half of the toy family's corpus, `toy:training` or `toy:held-out`.  No row crosses from one
-document into the next.  Files:
+A source is a file or one half of the toy family's corpus, `toy:training` or `toy:held-out`. No row crosses from one
+document into the next. Files:
 
     .txt           one document
     .jsonl         a document per line: "text" or "prompt", or a conversation, "messages" (and "tools"), of which what

@@ -70,11 +70,11 @@ def train(
     """Train `module` in place; returns the log, one record per `log_every` steps with means over them.
 
     `loss_of_step(step)` gives the loss and figures to print, or those of one part of the batch after the other, which
-    add up to them: only one part's activations exist at a time.  Gradients are clipped to norm 1, those of each module
+    add up to them: only one part's activations exist at a time. Gradients are clipped to norm 1, those of each module
     in `clipped` by themselves (default: all together).
 
     The state file is written every `SAVE_EVERY` steps and after the last, and read back when it exists; the caller
-    deletes it when the result is safe.  Inside `defer_signals` it is written, too, when the run is asked to stop, which
+    deletes it when the result is safe. Inside `defer_signals` it is written, too, when the run is asked to stop, which
     is obeyed between two steps: nothing is lost then.
 
     Raises:

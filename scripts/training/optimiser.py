@@ -1,7 +1,7 @@
 """AdamW whose states and weights are fp32 even where the module computes in a narrower dtype.
 
 A bf16 weight of size 0.02 does not change at all by a step of 2e-5: what is added up has to be wider than what is
-multiplied.  A narrow parameter's gradient moves to its fp32 master copy as soon as it is known, so that gradients of
+multiplied. A narrow parameter's gradient moves to its fp32 master copy as soon as it is known, so that gradients of
 several parts of a batch add up in fp32 and are never there twice.
 
 Bytes per parameter: fp32 16 (weight, gradient, two moments); bf16 18 (weight, and the same four of its master copy).

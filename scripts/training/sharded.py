@@ -1,8 +1,8 @@
 """One module's weights, gradients and moments shared out among the processes that train it (FSDP2).
 
 Each process keeps its part in fp32; a layer's weights are gathered, in the dtype that is computed in, when the layer is
-reached, and let go behind it.  What the root has besides its layers stays gathered from the forward pass to the end of
-the backward one.  Every process has to go through the module as often as the others.
+reached, and let go behind it. What the root has besides its layers stays gathered from the forward pass to the end of
+the backward one. Every process has to go through the module as often as the others.
 
 Source: torch.distributed.fsdp.fully_shard, of torch 2.13.
 """
@@ -58,7 +58,7 @@ def gather(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class ShardedOptimiser(Optimiser):
-    """AdamW over each process's part of a sharded module.  Its state is gathered by all processes together."""
+    """AdamW over each process's part of a sharded module. Its state is gathered by all processes together."""
 
     def add_gradients(self, ranks: Ranks) -> None:
         """Leave them: the backward pass has summed them already."""

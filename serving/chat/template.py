@@ -1,7 +1,7 @@
 """What a chat template can do, found out by rendering it: tool calls, thinking, and what it does by default.
 
 Rendered as transformers renders it (5.19, utils/chat_template_utils.py: an immutable sandbox, trimmed blocks, loop
-controls, the ``generation`` tag), without transformers.  A template is asked, not read: what counts is what comes out.
+controls, the `generation` tag), without transformers. A template is asked, not read: what counts is what comes out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Abilities:
 
     Attributes:
         tools: it lists the tools of a request and writes calls in the form that poolside_v1 parses.
-        thinking: ``enable_thinking`` makes it open the answer with ``<think>``.
+        thinking: `enable_thinking` makes it open the answer with `<think>`.
         thinks_by_default: it does so when a request does not say.
         error: why it could not be rendered, or None.
     """
@@ -82,7 +82,7 @@ def read_template(folder: Path) -> str | None:
 
 
 def read_file(path: Path) -> str | None:
-    """Read a checkpoint's text; None when there is no such file.  Raises CheckpointError when it is something else."""
+    """Read a checkpoint's text; None when there is no such file. Raises CheckpointError when it is something else."""
     if not os.path.lexists(path):
         return None
     try:
@@ -97,7 +97,7 @@ def read_file(path: Path) -> str | None:
 
 
 def read_object(path: Path) -> JsonObject:
-    """Read a JSON object, empty when there is no such file.  Raises CheckpointError when it is something else."""
+    """Read a JSON object, empty when there is no such file. Raises CheckpointError when it is something else."""
     text = read_file(path)
     if text is None:
         return {}
@@ -111,7 +111,7 @@ def read_object(path: Path) -> JsonObject:
 
 
 def probe_template(template: str) -> Abilities:
-    """Probe what the template can do.  One that fails to render a plain question can do nothing, and says why."""
+    """Probe what the template can do. One that fails to render a plain question can do nothing, and says why."""
     try:
         render = compile_template(template)
         plain = render([QUESTION])
@@ -126,7 +126,7 @@ def probe_template(template: str) -> Abilities:
 
 
 def compile_template(template: str) -> Callable[..., str]:
-    """``render(messages, **variables)``, with the generation prompt."""
+    """`render(messages, **variables)`, with the generation prompt."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
@@ -171,7 +171,7 @@ def _raise(message: str) -> None:
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}…{% endgeneration %}``, which marks what the assistant said, renders what it holds."""
+    """`{% generation %}…{% endgeneration %}`, which marks what the assistant said, renders what it holds."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 

@@ -1,24 +1,24 @@
 """How Poolside serves its Laguna releases, as vLLM's flags and environment, each with its reason.
 
 The serving line of the public recipes (github.com/vllm-project/recipes, models/poolside/Laguna-*.yaml for XS.2, XS-2.1,
-S-2.1 and M.1, read 2026-11): automatic tool choice with the ``poolside_v1`` tool parser, the ``poolside_v1`` reasoning
-parser, thinking through ``--default-chat-template-kwargs``.  The 2.1 releases name parsers and template variables in
-generation_config.json, of which vLLM reads the sampling parameters alone (``--generation-config auto``, its default,
+S-2.1 and M.1, read 2026-11): automatic tool choice with the `poolside_v1` tool parser, the `poolside_v1` reasoning
+parser, thinking through `--default-chat-template-kwargs`. The 2.1 releases name parsers and template variables in
+generation_config.json, of which vLLM reads the sampling parameters alone (`--generation-config auto`, its default,
 which we leave as it is).
 
 Checked against the sources of vLLM 0.26.0, 0.32.0 and 0.33.0:
 
 - Both parsers, all five flags and all three variables exist in each.
 - vLLM finds the marks of thinking by asking a parser that was made without template variables, and this one then has
-  none to name (config/reasoning.py): without ``--reasoning-config`` every request with a budget of thoughts, such as an
-  Anthropic client's ``thinking: enabled``, is refused with 400.
-- ``VLLM_USE_DEEP_GEMM`` (default 1) governs FP8, MXFP4 and MXFP8 layers only: bf16 weights never reach DeepGEMM, and 0
-  takes it out of the candidates in fused_moe/oracle/fp8.py.  The recipes say that it does not go together with a DFlash
+  none to name (config/reasoning.py): without `--reasoning-config` every request with a budget of thoughts, such as an
+  Anthropic client's `thinking: enabled`, is refused with 400.
+- `VLLM_USE_DEEP_GEMM` (default 1) governs FP8, MXFP4 and MXFP8 layers only: bf16 weights never reach DeepGEMM, and 0
+  takes it out of the candidates in fused_moe/oracle/fp8.py. The recipes say that it does not go together with a DFlash
   drafter, and of no version that it does.
-- ``VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER`` (default 1) takes effect on compute capability 9.0 alone
+- `VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER` (default 1) takes effect on compute capability 9.0 alone
   (utils/flashinfer.py), for weights in 128×128 FP8 blocks; the recipes of all FP8 releases set 0.
-- ``VLLM_USE_V2_MODEL_RUNNER`` unset means V2 wherever Triton works: on a CPU, where triton-cpu is installed (0.32: any
-  model; 0.26: dense ones, and DFlash drafters that mix kinds of attention).  0 is obeyed in each.
+- `VLLM_USE_V2_MODEL_RUNNER` unset means V2 wherever Triton works: on a CPU, where triton-cpu is installed (0.32: any
+  model; 0.26: dense ones, and DFlash drafters that mix kinds of attention). 0 is obeyed in each.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MARKS = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
 
 @dataclass(frozen=True, slots=True)
 class VllmSetting:
-    """One flag or environment variable; ``value`` is None for a flag without one."""
+    """One flag or environment variable; `value` is None for a flag without one."""
 
     name: str
     value: str | None
@@ -79,7 +79,7 @@ class ChatContract:
         notes: why some are absent, a line each.
         template: there is a chat template.
         tool_parser: which parser reads tool calls; None where they stay text.
-        thinking: do requests think that do not say?  None where the template has no such switch.
+        thinking: do requests think that do not say? None where the template has no such switch.
     """
 
     flags: tuple[VllmSetting, ...] = ()
@@ -108,7 +108,7 @@ def describe_chat(contract: ChatContract) -> list[str]:
 
 
 def choose_chat_flags(release: Release, options: ChatOptions, extra_args: Sequence[str] = ()) -> ChatContract:
-    """Choose the chat flags of vLLM's command line.  What ``extra_args`` sets itself is left to it.
+    """Choose the chat flags of vLLM's command line. What `extra_args` sets itself is left to it.
 
     Raises:
         CheckpointError: thinking is asked of a template that has no such switch.
@@ -164,7 +164,7 @@ def choose_environment(
 
 
 def has_block_fp8(config: ConfigJson) -> bool:
-    """Whether weights are FP8 in blocks, as compressed-tensors or as Hugging Face's ``fp8`` stores them."""
+    """Whether weights are FP8 in blocks, as compressed-tensors or as Hugging Face's `fp8` stores them."""
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
         return False

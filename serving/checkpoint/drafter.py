@@ -1,12 +1,12 @@
 """DFlash drafters in the three published formats, as their config.json describes them.
 
-- ``DFlashLagunaForCausalLM``: Laguna's own layers; embedding and head are the target's, the whole vocabulary is
-  drafted; ``dflash_config`` holds block_size, and target_layer_ids that count the target's layers from 0.  Published
-  drafters leave out what transformers' LagunaConfig has defaults for, and say ``rope_theta`` alone.
+- `DFlashLagunaForCausalLM`: Laguna's own layers; embedding and head are the target's, the whole vocabulary is
+  drafted; `dflash_config` holds block_size, and target_layer_ids that count the target's layers from 0. Published
+  drafters leave out what transformers' LagunaConfig has defaults for, and say `rope_theta` alone.
 - speculators (https://github.com/vllm-project/speculators): Qwen3's layers and a head of its own, mostly over a reduced
-  vocabulary whose token i is the target's i + d2t[i]; ``aux_hidden_state_layer_ids`` count the layers from 1.
-- ``DFlashDraftModel``, of DFlash's authors (https://github.com/z-lab/dflash): Qwen3's layers, the target's embedding
-  and head, the whole vocabulary; ``dflash_config.target_layer_ids`` count from 0.  Served, and neither trained nor
+  vocabulary whose token i is the target's i + d2t[i]; `aux_hidden_state_layer_ids` count the layers from 1.
+- `DFlashDraftModel`, of DFlash's authors (https://github.com/z-lab/dflash): Qwen3's layers, the target's embedding
+  and head, the whole vocabulary; `dflash_config.target_layer_ids` count from 0. Served, and neither trained nor
   converted here.
 
 All read the target's hidden states after the layers that are named; vLLM subtracts 1 from the second kind
@@ -40,7 +40,7 @@ QWEN3_MAX_POSITIONS = 32768
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """The sizes of a drafter's layers.  ``gate`` is what a head's output gate has of values per head, 0 without one."""
+    """The sizes of a drafter's layers. `gate` is what a head's output gate has of values per head, 0 without one."""
 
     heads: tuple[int, ...]
     kv_heads: int
@@ -56,7 +56,7 @@ class Drafter:
 
     Attributes:
         format: "laguna", "speculators" or "dflash".
-        layer_ids: of the target's layers, in the file's own numbering, which begins at ``first_layer_id``.
+        layer_ids: of the target's layers, in the file's own numbering, which begins at `first_layer_id`.
         target_layers: how many layers the target has for which it was trained, where the file says so.
         block_size: the block that it was trained on: the last accepted token and the proposals.
         causal: whether a place of the block sees those behind it, where the file says so.
@@ -108,7 +108,7 @@ class Drafter:
 
 
 def read_drafter(folder: Path) -> Drafter:
-    """Read and check a drafter's config in any format.  Raises CheckpointError naming what is wrong with it."""
+    """Read and check a drafter's config in any format. Raises CheckpointError naming what is wrong with it."""
     config = read_config(folder)
     if not is_drafter(config):
         got = ", ".join(read_architectures(folder, config) or ["no architectures"])
@@ -171,7 +171,7 @@ def _read_head_rank(folder: Path, dflash: Fields) -> int | None:
 
 
 def _read_block_size(fields: Fields, dflash: Fields) -> int:
-    """Read it from ``dflash_config`` where Laguna's are published, from the top where others are."""
+    """Read it from `dflash_config` where Laguna's are published, from the top where others are."""
     inner, outer = dflash.config.get("block_size"), fields.config.get("block_size")
     if inner is None:
         if outer is None:
@@ -184,7 +184,7 @@ def _read_block_size(fields: Fields, dflash: Fields) -> int:
 
 
 def _read_layer_ids(fields: Fields, dflash: Fields) -> tuple[int, ...]:
-    """``target_layer_ids``, beside which the same may be said in EAGLE's way, from 1 on: vLLM takes those first."""
+    """`target_layer_ids`, beside which the same may be said in EAGLE's way, from 1 on: vLLM takes those first."""
     ids = dflash.integers("target_layer_ids")
     if "eagle_aux_hidden_state_layer_ids" in fields.config:
         depths = fields.integers("eagle_aux_hidden_state_layer_ids")

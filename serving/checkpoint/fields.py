@@ -30,7 +30,7 @@ def show(value: object) -> str:
 class Fields:
     """Typed access to one object of a config; a missing or mistyped field raises a CheckpointError that names it.
 
-    ``defaults`` stand for keys that are not there.
+    `defaults` stand for keys that are not there.
     """
 
     def __init__(self, folder: Path, config: object, prefix: str = "", defaults: ConfigJson | None = None) -> None:

@@ -1,6 +1,6 @@
 """Where a checkpoint's files are, and its config.json.
 
-vLLM finds most mistakes a minute after start-up and under other names.  A hub id whose config is not in the local
+vLLM finds most mistakes a minute after start-up and under other names. A hub id whose config is not in the local
 Hugging Face cache is not checked: vLLM downloads it and decides.
 """
 
@@ -45,7 +45,7 @@ def find_folder(name: str) -> Path | None:
 
 
 def _is_readable_folder(path: Path, name: str) -> bool:
-    """Say whether there is such a folder.  Raises CheckpointError where that cannot be found out, or not be read."""
+    """Say whether there is such a folder. Raises CheckpointError where that cannot be found out, or not be read."""
     try:
         path.stat()
         got = None if not path.is_dir() or os.access(path, os.R_OK | os.X_OK) else os.strerror(errno.EACCES)

@@ -1,7 +1,7 @@
 """Models that are not Laguna and are served all the same: whatever vLLM generates text with.
 
 Those of well-known classes in Llama's shape are described by the same `Target`, so that memory, context and devices are
-planned as for Laguna; of all others, and of quantised weights, vLLM finds out when it starts.  What is Laguna's alone
+planned as for Laguna; of all others, and of quantised weights, vLLM finds out when it starts. What is Laguna's alone
 is refused for them: pruned experts, new weights while serving.
 """
 

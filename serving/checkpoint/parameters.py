@@ -1,7 +1,7 @@
 """How many parameters a checkpoint has and how many bytes they take, from its config.json alone.
 
 Names and shapes are those of the published checkpoints; what a layer takes follows its config's own rules for which
-modules are quantised, and `expert_pruning` for what is stored of its experts.  Compared with the releases' own headers
+modules are quantised, and `expert_pruning` for what is stored of its experts. Compared with the releases' own headers
 in tests/serving/planning/test_planning.py.
 """
 

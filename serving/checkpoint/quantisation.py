@@ -22,7 +22,7 @@ FP8_BYTES, NVFP4_BYTES = 1 + 2 / 128**2, 1 / 2 + 1 / 16
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Modules stored alike: ``bits`` a weight, in groups of ``group_size``, or with a scale for each block."""
+    """Modules stored alike: `bits` a weight, in groups of `group_size`, or with a scale for each block."""
 
     targets: tuple[str, ...]
     bits: int

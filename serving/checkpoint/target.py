@@ -184,7 +184,7 @@ def read_heads(fields: Fields, layers: int) -> tuple[int, ...]:
 
 
 def read_gate_width(fields: Fields) -> int:
-    """Values per head of Laguna's output gate.  Three spellings exist (``LagunaAttention`` in vLLM's laguna.py)."""
+    """Values per head of Laguna's output gate. Three spellings exist (`LagunaAttention` in vLLM's laguna.py)."""
     gating = fields.config.get("gating", True)
     if not gating:
         return 0

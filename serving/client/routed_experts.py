@@ -19,7 +19,7 @@ DTYPES = ("uint8", "uint16", "int16", "int32")
 def decode_experts(text: str) -> np.ndarray:
     """Decode to [tokens − 1, layers, top_k]: a row of every token that was computed, the last sampled one never is.
 
-    Layers are all of the model's; the rows of dense ones mean nothing.  Prompt tokens that the request left out
+    Layers are all of the model's; the rows of dense ones mean nothing. Prompt tokens that the request left out
     (`routed_experts_prompt_start`) have no rows.
 
     Raises:

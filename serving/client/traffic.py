@@ -2,8 +2,8 @@
 
     {"prompt_token_ids": [1, 17, 4], "token_ids": [9, 9, 2], "temperature": 1.0}
 
-A line is one answer: with `n` answers to a prompt it has `n` lines.  No other field is read, so that text, keys and
-names that stood beside the tokens cannot slip in.  A drafter learns from such a file (`laguna drafter train --tokens`),
+A line is one answer: with `n` answers to a prompt it has `n` lines. No other field is read, so that text, keys and
+names that stood beside the tokens cannot slip in. A drafter learns from such a file (`laguna drafter train --tokens`),
 and what that command has generated itself is kept in one.
 """
 

@@ -32,7 +32,7 @@ from laguna_serve.serving.kit.files import WriteError
 
 NOBODY = {"replicas": "expected one that takes the weights, got none that answers; ask again when there is one"}
 # A replica that is not there, and has not asked whether it may go on for so long, has ended: it asks every two seconds.
-# One that has just joined is not listed by Ray yet.  Requests are not held meanwhile.
+# One that has just joined is not listed by Ray yet. Requests are not held meanwhile.
 SILENT_S = 10.0
 # For Ray to list the replicas that serve to a process that has just begun.
 LISTED_S = 2.0

@@ -1,4 +1,4 @@
-"""``laguna doctor``: whether this installation is able to serve, and if not, what to do about it.
+"""`laguna doctor`: whether this installation is able to serve, and if not, what to do about it.
 
 With a model, also what serving it would take, before anything is started (planning/).
 
@@ -176,7 +176,7 @@ def _print(text: str, result: msgspec.Struct, config: DoctorConfig) -> None:
 
 
 def run_probe() -> ProbeReport:
-    """Run probe.py in a fresh interpreter; return its report.  Raises DoctorError when it dies or says nothing."""
+    """Run probe.py in a fresh interpreter; return its report. Raises DoctorError when it dies or says nothing."""
     source = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
     remedy = f"try `{sys.executable} -c 'import vllm'`"
     try:

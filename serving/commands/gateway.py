@@ -1,4 +1,4 @@
-"""``laguna gateway``: one endpoint in front of engines, until a signal ends it."""
+"""`laguna gateway`: one endpoint in front of engines, until a signal ends it."""
 
 from __future__ import annotations
 

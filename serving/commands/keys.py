@@ -1,4 +1,4 @@
-"""``laguna keys``: makes, lists and revokes the keys of a gateway's file."""
+"""`laguna keys`: makes, lists and revokes the keys of a gateway's file."""
 
 from __future__ import annotations
 

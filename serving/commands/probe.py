@@ -1,6 +1,6 @@
-"""What a process that vLLM starts would see: run as ``python -c``, it prints one JSON object as its last line.
+"""What a process that vLLM starts would see: run as `python -c`, it prints one JSON object as its last line.
 
-doctor.py runs this file's text in a fresh interpreter, so it uses nothing of laguna_serve.serving.  Everything is
+doctor.py runs this file's text in a fresh interpreter, so it uses nothing of laguna_serve.serving. Everything is
 imported by name at run time: each import is one of the things that may be broken, and serving itself depends on none.
 """
 

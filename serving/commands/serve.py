@@ -1,4 +1,4 @@
-"""``laguna serve``: one engine behind the gateway, until Ctrl-C."""
+"""`laguna serve`: one engine behind the gateway, until Ctrl-C."""
 
 from __future__ import annotations
 

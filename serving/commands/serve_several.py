@@ -1,4 +1,4 @@
-"""``laguna serve MODEL MODEL…``: the gateway owns the engines, and loads each when it is asked for."""
+"""`laguna serve MODEL MODEL…`: the gateway owns the engines, and loads each when it is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``laguna traces show``: one recorded request: versions, times, tokens; its text where a model is given."""
+"""`laguna traces show`: one recorded request: versions, times, tokens; its text where a model is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``laguna traces``: lists what a gateway has recorded, shows one of it, exports it for the drafter's trainer."""
+"""`laguna traces`: lists what a gateway has recorded, shows one of it, exports it for the drafter's trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``laguna serve --exact``: greedy output that depends on the prompt alone, and the check that it does so here.
+"""`laguna serve --exact`: greedy output that depends on the prompt alone, and the check that it does so here.
 
 A row of a matrix product may round otherwise beside other rows. That is how batching, chunked prefill and
 speculation (γ + 1 rows verified at once) come to change greedy output. Exact serving asks the engine for kernels whose

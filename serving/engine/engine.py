@@ -46,7 +46,7 @@ REAP_MARGIN_S = 120.0
 CORE_TITLES = ("VLLM::EngineCore", "VLLM::Worker")
 # Between the end of such a process and that of the whole engine, whose log has more to say by then.
 DYING_S = 5.0
-# An engine's last words: what it wrote in this time before it was found dead.  What is older may be an error of any
+# An engine's last words: what it wrote in this time before it was found dead. What is older may be an error of any
 # request.
 WORDS_S = 20.0
 
@@ -56,7 +56,7 @@ class Engine:
 
     Attributes:
         config: as given.
-        log_path: what vLLM writes goes here; an earlier file is overwritten.  It may be deleted, or the disk full: the
+        log_path: what vLLM writes goes here; an earlier file is overwritten. It may be deleted, or the disk full: the
             engine goes on (supervision/log_file.py).
         ready_timeout_s: how long the engine may take until it answers.
         stop_grace_s: how long vLLM may take to end by itself before it is killed, beyond the --shutdown-timeout of its
@@ -141,13 +141,13 @@ class Engine:
                 self._marks.popleft()
 
     def is_dead(self) -> bool:
-        """Say whether vLLM, or a process that it cannot do without, has ended.  Raises EngineError before the start."""
+        """Say whether vLLM, or a process that it cannot do without, has ended. Raises EngineError before the start."""
         if self._supervisor is None:
             raise EngineError(f"engine {self.model_name}: expected a running engine, got one that was not started")
         return has_ended(self._supervisor) or not all(map(_is_alive, self._core))
 
     def describe_death(self) -> str:
-        """How and why it ended, in one line; waits a moment for its last words.  Only of an engine that `is_dead`."""
+        """How and why it ended, in one line; waits a moment for its last words. Only of an engine that `is_dead`."""
         assert self._supervisor is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._supervisor.wait(DYING_S)
@@ -160,7 +160,7 @@ class Engine:
         return f"engine {self.model_name}: expected it to run, got {cause}; see {self.log_path}"
 
     def stop(self) -> None:
-        """End every process of the engine; return when none is left.  Safe to call at any time and again."""
+        """End every process of the engine; return when none is left. Safe to call at any time and again."""
         self._release_port()
         supervisor = self._supervisor
         if supervisor is None:

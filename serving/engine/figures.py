@@ -1,7 +1,7 @@
 """What an engine says of its own memory and dtype while it starts, read from its log.
 
 On a GPU vLLM reserves a share of the card whatever the model needs, so that the memory of its processes says what was
-reserved.  What weights, KV cache, CUDA graphs and activations take, it says itself, once.
+reserved. What weights, KV cache, CUDA graphs and activations take, it says itself, once.
 
 Sources (vLLM 0.26 to 0.33): v1/worker/gpu_worker.py, gpu_model_runner.py, cpu_worker.py, v1/core/kv_cache_utils.py,
 v1/engine/core.py.

@@ -1,7 +1,7 @@
 """What says how a model on the hub is served, fetched before anything is planned: configs, templates, tokenizers.
 
 vLLM fetches a model while it starts, after its flags were chosen: without these files they would be chosen by the
-model's name, and others at the next start.  Weights are left to vLLM.
+model's name, and others at the next start. Weights are left to vLLM.
 """
 
 from __future__ import annotations

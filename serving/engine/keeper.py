@@ -1,7 +1,7 @@
 """Keeps one engine running: when it dies, the cause is announced and it is started again, later and later.
 
 An engine that dies soon after every start is given up: what kills it (a broken driver, one request that a client
-repeats) would kill it for ever.  Its log is moved aside before each start, so that the cause is still there to read.
+repeats) would kill it for ever. Its log is moved aside before each start, so that the cause is still there to read.
 """
 
 from __future__ import annotations

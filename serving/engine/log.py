@@ -1,6 +1,6 @@
 """What an engine's log says: what it is doing now, and why it died.
 
-vLLM's processes write to one file.  Lines of the children begin with ``(EngineCore pid=7) ERROR 11-20 23:28:20
+vLLM's processes write to one file. Lines of the children begin with ``(EngineCore pid=7) ERROR 11-20 23:28:20
 [file.py:953]``; the API server's last traceback only says that the root cause is above.
 """
 

@@ -3,7 +3,7 @@
 Five of the six and a half seconds until an engine of the toy answers on two cores are imports, the same for all models.
 The spare is a supervisor (supervision/reaper.py) with a server beneath it (plugins/processes/spare.py) that has the
 environment of the engine before it; only an engine that is to have the same takes it, as much of the environment is
-read while libraries are loaded.  It holds 0.6 GiB while it waits.
+read while libraries are loaded. It holds 0.6 GiB while it waits.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def expand(name: str) -> Path:
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file by `write`, which gets another path; then sync it and rename it to `path`.
 
-    A file that was there leaves it its mode, and its owner and group where that is permitted.  Devices and pipes are
+    A file that was there leaves it its mode, and its owner and group where that is permitted. Devices and pipes are
     written to, and stay what they are.
 
     Raises:

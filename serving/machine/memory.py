@@ -34,7 +34,7 @@ def available_bytes() -> int:
     """Memory that can be taken now without swapping, within the container's limit if there is one.
 
     The page cache counts as available, as the kernel drops it under pressure: in a container that is its inactive
-    part, in the way ``docker stats`` and Kubernetes count.
+    part, in the way `docker stats` and Kubernetes count.
     """
     available: int = psutil.virtual_memory().available
     return min([available, *(max(0, limit - used) for limit, used in _read_cgroups())])

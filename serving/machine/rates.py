@@ -2,7 +2,7 @@
 
 A processor without bf16 arithmetic (x86 with AVX2 or plain AVX-512) runs bf16 products in a fall-back of torch and
 oneDNN, where eight rows cost three to eight times one row, so that verifying drafts gains little; kernels/linear does
-not, and is faster elsewhere, too, if it can be built.  Which of them wins is measured, in a process of its own, once
+not, and is faster elsewhere, too, if it can be built. Which of them wins is measured, in a process of its own, once
 per processor, torch and libraries' settings, and kept in the user's cache.
 """
 

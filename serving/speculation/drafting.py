@@ -34,7 +34,7 @@ DRAFT_SAMPLING = ("greedy", "probabilistic")
 def speculative_config(
     draft: str, target: str | None = None, gamma: int | Literal["max"] = "max", sampling: str = DRAFT_SAMPLING[0]
 ) -> JsonObject:
-    """vLLM's ``speculative_config`` for a DFlash drafter in either format.
+    """vLLM's `speculative_config` for a DFlash drafter in either format.
 
     Args:
         draft: folder or hub id of the drafter.
@@ -127,7 +127,7 @@ def resolve_gamma(gamma: int | None, drafter: Drafter | None, *, beyond_block: b
     """Resolve the number of proposals per step: the given γ if the drafter was trained for it, by default its maximum.
 
     Beyond block − 1 the drafter sees positions it was never trained on; vLLM would run it without a word, here that
-    takes ``beyond_block``.  For a drafter that is not on this machine (None) γ cannot be checked and must be given.
+    takes `beyond_block`. For a drafter that is not on this machine (None) γ cannot be checked and must be given.
     """
     if gamma is not None and gamma < 1:
         raise CheckpointError(
@@ -154,7 +154,7 @@ def list_warnings(
 ) -> list[str]:
     """List what works but should be known, a line each.
 
-    ``dtype`` and ``max_model_len`` are those asked for ("auto" and None: the target's own); ``pruned`` says that the
+    `dtype` and `max_model_len` are those asked for ("auto" and None: the target's own); `pruned` says that the
     target's experts are pruned while it is loaded.
     """
     warnings = []

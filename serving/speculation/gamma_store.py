@@ -21,7 +21,7 @@ SWEEP = "python bench/gamma_sweep.py --model {model} --draft {draft} --prompts F
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """``schedule``: vLLM's inclusive (first, last, K) ranges of batch sizes, K = 0 for plain decoding."""
+    """`schedule`: vLLM's inclusive (first, last, K) ranges of batch sizes, K = 0 for plain decoding."""
 
     model: str
     draft: str

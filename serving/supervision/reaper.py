@@ -1,13 +1,13 @@
 """A small process between us and vLLM that makes sure nothing of vLLM outlives us.
 
 vLLM is a tree (API server, engine core, worker, resource tracker) whose members start their own sessions, so neither
-a process group nor the death of the API server is enough, and a Python ``finally`` does not run when its process is
-killed with SIGKILL.  This supervisor is its own session (a Ctrl-C in the terminal does not reach it), adopts
+a process group nor the death of the API server is enough, and a Python `finally` does not run when its process is
+killed with SIGKILL. This supervisor is its own session (a Ctrl-C in the terminal does not reach it), adopts
 every orphan of the tree (PR_SET_CHILD_SUBREAPER), and ends the whole tree when its parent dies, when it gets SIGTERM,
-or when vLLM's main process ends by itself.  Should the supervisor be killed, the kernel kills the main process
-(PR_SET_PDEATHSIG).  What the tree writes comes here through a pipe and is appended to LOG (log_file.py); trouble with
-that file is reported on stderr, and harms nobody.  vLLM's sockets, which it leaves behind, lie in a folder that goes at
-the end.  Linux only.
+or when vLLM's main process ends by itself. Should the supervisor be killed, the kernel kills the main process
+(PR_SET_PDEATHSIG). What the tree writes comes here through a pipe and is appended to LOG (log_file.py); trouble with
+that file is reported on stderr, and harms nobody. vLLM's sockets, which it leaves behind, lie in a folder that goes at
+the end. Linux only.
 
     python -m laguna_serve.serving.supervision.reaper PARENT_PID GRACE_S LOG COMMAND…
     python -m laguna_serve.serving.supervision.reaper PARENT_PID spare COMMAND…

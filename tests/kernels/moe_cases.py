@@ -8,7 +8,7 @@ import torch
 
 from laguna_serve.kernels.sentinel_moe.reference import dequantise
 
-# ‖out − reference‖ ÷ ‖reference‖.  fp32 differs in the order of its sums; fp16 and bf16 by the one rounding of the
+# ‖out − reference‖ ÷ ‖reference‖. fp32 differs in the order of its sums; fp16 and bf16 by the one rounding of the
 # weighted activations and that of the result, 2⁻¹¹ and 2⁻⁸ relative each.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -42,7 +42,7 @@ def make_inputs(
     seed: int = 0,
     device: str = "cpu",
 ) -> Inputs:
-    """Random inputs; ``widths`` are the experts' kept blocks, ``ids`` [T, k] fixes the routing."""
+    """Random inputs; `widths` are the experts' kept blocks, `ids` [T, k] fixes the routing."""
     torch.manual_seed(seed)
     E, n = len(widths), sum(widths)
     start = torch.tensor([0, *widths]).cumsum(0).to(torch.int32)

@@ -33,7 +33,7 @@ SHAPES = {
 }
 # All of them on Hopper; what XS.2 is served with on the others.
 ROWS = [(name, 90) for name in SHAPES] + [(name, other) for other in (80, 100, 120) for name in ("16-bit", "fp8")]
-# Bytes of shared memory written and read for a byte of weights.  128 bytes a cycle on 132 multiprocessors of 1.98 GHz
+# Bytes of shared memory written and read for a byte of weights. 128 bytes a cycle on 132 multiprocessors of 1.98 GHz
 # are 33 TB/s; an H200's memory delivers 4.3 of them.
 MOST_TRAFFIC = {"16-bit": (2.75, 2.75), "fp16": (2.75, 2.75), "fp8": (3.5, 4.1), "fp16 over fp8": (3.5, 4.1)}
 RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))

@@ -2,7 +2,7 @@
 
     python limit_probe.py TOY_FOLDER WORKER_CLASS
 
-WORKER_CLASS: what vLLM's --worker-cls takes, "auto" for its own.  "beside" counts the neighbours' own drafts, too.
+WORKER_CLASS: what vLLM's --worker-cls takes, "auto" for its own. "beside" counts the neighbours' own drafts, too.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python routed_probe.py TOY_FOLDER SETTINGS PASSES
 
-SETTINGS: JSON of vLLM's arguments beside those below.  PASSES: JSON, name → sampling parameters; one after the other,
-in one engine.  Printed, as JSON: by pass the answers (prompt, tokens, cached tokens, experts as vLLM's servers encode
+SETTINGS: JSON of vLLM's arguments beside those below. PASSES: JSON, name → sampling parameters; one after the other,
+in one engine. Printed, as JSON: by pass the answers (prompt, tokens, cached tokens, experts as vLLM's servers encode
 them), and what the engine counted.
 """
 

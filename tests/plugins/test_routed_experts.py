@@ -2,7 +2,7 @@
 
 In every way that a token's keys and values come about: read in one step or several, found in the prefix cache, sampled
 one by one, drafted and accepted, computed again after a preemption; from a graph that was compiled, and of a pruned
-model.  Left out is what stands at or behind a tie of two experts, where rounding decides.
+model. Left out is what stands at or behind a tie of two experts, where rounding decides.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pruned experts in FP8 in vLLM: the tokens of the dequantised, zeroed original, and the bytes of the arithmetic.
 
 Both are computed in fp32, where an FP8 value times its scale is exact: the weights are the same numbers, and only sums
-are in another order.  In bf16 the original's weights would be rounded, and the FP8 model's experts not.
+are in another order. In bf16 the original's weights would be rounded, and the FP8 model's experts not.
 """
 
 from __future__ import annotations

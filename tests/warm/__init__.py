@@ -3,7 +3,7 @@
 So are those of other environments, for what imports TRL.
 
 What runs is what `python PROGRAM` and `python -m MODULE` run, in a process of its own with arguments, environment,
-folder and output of its own; only the import is shared.  The tests of `laguna serve` itself and the demo start their
+folder and output of its own; only the import is shared. The tests of `laguna serve` itself and the demo start their
 engines as users do.
 """
 

@@ -147,7 +147,7 @@ class Warm:
         return WarmProcess(self, self.ask({"start": work})["pid"])
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Its answer.  Those of questions whose askers were interrupted, by Ctrl-C say, are passed over."""
+        """Its answer. Those of questions whose askers were interrupted, by Ctrl-C say, are passed over."""
         with self.lock:
             number = next(self._ids)
             self._questions.write(json.dumps({"id": number, **request}).encode() + b"\n")
@@ -175,7 +175,7 @@ def run_warm(
 ) -> subprocess.CompletedProcess[str]:
     """What `subprocess.run` gives for a program of Python's: a file, a module, or its code itself; `text` is its stdin.
 
-    It is ended with this call.  `engines`: those that it starts are warm, too; `venv`: whose Python runs it.
+    It is ended with this call. `engines`: those that it starts are warm, too; `venv`: whose Python runs it.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, output, error = (Path(folder, name) for name in ("input", "output", "error"))
@@ -198,7 +198,7 @@ def run_warm(
 
 
 def start_warm(target: str | Path, *arguments: str, venv: str = ".venv", **named: Any) -> WarmProcess:
-    """What `subprocess.Popen` gives for a program of Python's; `named` as of Warm.start.  Its caller ends it."""
+    """What `subprocess.Popen` gives for a program of Python's; `named` as of Warm.start. Its caller ends it."""
     return warm(venv).start(str(target), *arguments, **named)
 
 

@@ -1,10 +1,10 @@
-"""The process that has imported what others need: ``server.py MODULE…`` answers a JSON object a line with another.
+"""The process that has imported what others need: `server.py MODULE…` answers a JSON object a line with another.
 
 {"start": {target, arguments, environment, folder, input, output, error, engines}} → {"pid": …}: forked, and running.
 {"poll": pid} → {"status": exit status, minus the signal that ended it, or null while it runs}, as often as it is asked:
-who asks may be interrupted before it has read the answer.  Each answer has the "id" of its question.
+who asks may be interrupted before it has read the answer. Each answer has the "id" of its question.
 
-`target` is a file, lines of code, a module, or "module:function", which gets the arguments as they are.  Where
+`target` is a file, lines of code, a module, or "module:function", which gets the arguments as they are. Where
 `engines`, the engines that it starts are warm, too: it asks here for them, over a socket, as this process asks for it.
 """
 

@@ -1,8 +1,8 @@
 """What an object of the program is asked that can answer a test by itself: operators that compare or compute, methods.
 
 A plain value answers these as Python has it, an object as its class says: `got - want` may be nothing, any comparison
-true.  So what the tests ask of a program's objects is held against what they ask of the canonical solution's
-(observe.py).  A value that an object gives decides nothing by itself: it is compared in its turn.
+true. So what the tests ask of a program's objects is held against what they ask of the canonical solution's
+(observe.py). A value that an object gives decides nothing by itself: it is compared in its turn.
 """
 
 from __future__ import annotations

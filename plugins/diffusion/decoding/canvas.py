@@ -1,6 +1,6 @@
 """Canvases and their states.
 
-A state is the answer as it stands: the ids of its positions, masked ones with the mask's id.  Which block is open
+A state is the answer as it stands: the ids of its positions, masked ones with the mask's id. Which block is open
 follows from it, and so does everything that a step may depend on; two ways to the same state are the same state.
 """
 
@@ -19,7 +19,7 @@ class Canvas:
     """A prompt and the room for its answer, filled block by block from the left.
 
     Attributes:
-        length: positions of the answer, a multiple of block_length.  It is in the model's sight from the first step:
+        length: positions of the answer, a multiple of block_length. It is in the model's sight from the first step:
             another length gives another text.
     """
 

@@ -1,6 +1,6 @@
 """Gumbel noise that is a function of where it is used: seed, position and how many masks the block has left.
 
-So a state has one successor at any temperature, however it was reached and whatever shared the pass.  Each value is a
+So a state has one successor at any temperature, however it was reached and whatever shared the pass. Each value is a
 hash of its key and its id (SplitMix64's finaliser, Steele et al. 2014); the two logarithms are taken in float64, as 24
 bits of a uniform number give every 16-millionth token the same, largest noise.
 """

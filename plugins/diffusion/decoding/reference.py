@@ -1,7 +1,7 @@
 """Reference decodes: which tokens a step commits, as a function of the state and of its logits alone.
 
 R1 commits one token a step, Rk k of them, `Evenly(s)` spreads a block over s steps as LLaDA's own loop does, and
-`Threshold(τ)` commits all that are likelier than τ, at least one.  Everything that decides the text is in `Reference`:
+`Threshold(τ)` commits all that are likelier than τ, at least one. Everything that decides the text is in `Reference`:
 a run is lossless if it commits what the same reference does.
 
 What differs from the published loop, on purpose: the likelihood of the chosen token is a log-softmax in fp32, ties go
@@ -87,7 +87,7 @@ class Reference:
         temperature: of the Gumbel noise on the logits; 0 takes the likeliest.
         guidance: the published cfg_scale: logits move away from those without the prompt; 0 leaves them.
         cache: what of a block's surroundings is computed once, when it is opened: nothing, what is before it, or
-            everything else.  Another cache is another reference: its texts differ.
+            everything else. Another cache is another reference: its texts differ.
     """
 
     schedule: Schedule = PerStep()

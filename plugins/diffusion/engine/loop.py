@@ -1,7 +1,7 @@
 """The engine's thread: takes requests from the queue, runs passes, delivers what they bring, and lets requests go.
 
-`submit` and `cancel` may be called from any thread.  Everything else of a request happens in the engine's own, so that
-there is nothing to lock but the queue.  What ends the thread (a card that is gone, a defect) is the engine's death: all
+`submit` and `cancel` may be called from any thread. Everything else of a request happens in the engine's own, so that
+there is nothing to lock but the queue. What ends the thread (a card that is gone, a defect) is the engine's death: all
 requests end with an error, and `alive` says so.
 """
 

@@ -8,7 +8,7 @@ from laguna_serve.plugins.diffusion.decoding.reference import Reference
 from laguna_serve.plugins.diffusion.model import Llada
 from laguna_serve.serving.machine.memory import available_bytes
 
-# Of the free memory.  A pass that opens blocks holds their keys and values a second time; logits have theirs.
+# Of the free memory. A pass that opens blocks holds their keys and values a second time; logits have theirs.
 SHARE, LOGITS_SHARE = 0.4, 0.15
 LOGIT_BYTES = 4
 

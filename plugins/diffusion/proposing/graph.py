@@ -1,7 +1,7 @@
 """The calibrated graph: which sets of ranks a decode comes by, counted on other prompts.
 
 The open positions are ranked by a source's logits, and a node is a set of ranks that are committed on top of the
-current state.  Of all sets that were seen those are kept that serve most decodes *after* those already kept, as a state
+current state. Of all sets that were seen those are kept that serve most decodes *after* those already kept, as a state
 is only reached through the ones before it.
 
 Source: the idea is that of arXiv:2509.18085 (Spiffy); selection and table are ours.

@@ -1,4 +1,4 @@
-"""What a proposer is given and what it gives.  Nothing that it says can change a text."""
+"""What a proposer is given and what it gives. Nothing that it says can change a text."""
 
 from __future__ import annotations
 

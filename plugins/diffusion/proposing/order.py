@@ -1,13 +1,13 @@
 """The order model: which position the target commits next, from its last logits and what was committed since.
 
-A chain by the last logits alone takes the positions by falling confidence.  What it misses is what a commit does to the
-others: a token's neighbours become certain, those that competed with it do not.  A small convolution over the block's
+A chain by the last logits alone takes the positions by falling confidence. What it misses is what a commit does to the
+others: a token's neighbours become certain, those that competed with it do not. A small convolution over the block's
 positions learns that from the target's own decodes in minutes, and tells two chances for each open position: that it
-is next, and that the token that the last logits choose there is still the right one.  Proposals are then searched best
+is next, and that the token that the last logits choose there is still the right one. Proposals are then searched best
 first, so that the likeliest states are found whether they lie behind one another or beside.
 
 Source: the idea of a trained order over the target's last logits is that of arXiv:2610.22543 (SPOT); features, network
-and search are ours.  A convolution in place of its transformer, as it takes blocks of any length.
+and search are ours. A convolution in place of its transformer, as it takes blocks of any length.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Source(Protocol):
 
 
 class Stale:
-    """The target's own logits of the state before.  They cost nothing."""
+    """The target's own logits of the state before. They cost nothing."""
 
     def estimate(self, runs: Sequence[Run]) -> list[torch.Tensor | None]:
         """Give each run's last logits, where they are of the block that is open now."""

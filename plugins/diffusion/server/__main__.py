@@ -1,4 +1,4 @@
-"""``python -m laguna_serve.plugins.diffusion.server MODEL``: what ``laguna serve`` starts for a LLaDA."""
+"""`python -m laguna_serve.plugins.diffusion.server MODEL`: what `laguna serve` starts for a LLaDA."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Bodies of requests, and the fields that are refused since decoding by unmasking has no such thing.
 
-A field of OpenAI's or vLLM's that is not served may still be sent with the value that changes nothing.  A name that is
+A field of OpenAI's or vLLM's that is not served may still be sent with the value that changes nothing. A name that is
 neither is refused too: one that is misspelt would otherwise be a setting that is silently not there.
 """
 

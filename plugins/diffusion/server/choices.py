@@ -17,7 +17,7 @@ from laguna_serve.plugins.diffusion.server.loading import Served, make_schedule
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What requests get that do not choose.  Seeds: those of requests that are drawn and have none come from it."""
+    """What requests get that do not choose. Seeds: those of requests that are drawn and have none come from it."""
 
     canvas_length: int
     block_length: int

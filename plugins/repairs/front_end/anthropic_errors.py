@@ -1,9 +1,9 @@
 """Errors of the Messages API in Anthropic's form, where vLLM answers in OpenAI's.
 
 What is wrong with a body before a route's own code sees it (no JSON, a missing field, a wrong type) is answered by
-handlers that serve all routes alike: `{"error": {…}}`.  Anthropic's clients read `{"type": "error", "error": {…}}`.
+handlers that serve all routes alike: `{"error": {…}}`. Anthropic's clients read `{"type": "error", "error": {…}}`.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_request_limits.py::test_stock_answers_messages_in_openais_form` fails.
 """
 

@@ -2,10 +2,10 @@
 
 vLLM makes these streams out of chat's, and reads a chat's error event as one more piece of the answer: clients get the
 words of the failed validation ("2 validation errors for ChatCompletionStreamResponse") as an `internal_error`, whoever
-was to blame.  Here the stream ends in an error event of Anthropic's form with the chat's message.  bench/fuzz.py found
+was to blame. Here the stream ends in an error event of Anthropic's form with the chat's message. bench/fuzz.py found
 it.
 
-Checked against vLLM 0.32.0; from 0.33 on vLLM ends these streams so itself, and is left as it is.  It can go when
+Checked against vLLM 0.32.0; from 0.33 on vLLM ends these streams so itself, and is left as it is. It can go when
 `tests/plugins/test_anthropic_streams.py::test_stock_reads_an_error_as_a_piece_of_the_answer` fails.
 """
 

@@ -2,14 +2,14 @@
 
 vLLM's own checks walk the client's JSON before its types are known (`structured_outputs: []` has no `.get`), render it
 with the client's chat template, and turn its schema into a grammar; whatever is raised there that is no error of vLLM's
-own kind ends as a 500.  Here it is a 400 when the traceback goes through the code that reads requests.  Everything else
+own kind ends as a 500. Here it is a 400 when the traceback goes through the code that reads requests. Everything else
 stays what it is.
 
 A grammar that the engine cannot compile, or that no token of the model's can go on with (`{"$ref": "#/$defs/a"}` of an
-`a` that is itself), ends its request alone, and with "Internal server error".  Without a transfer of caches between
+`a` that is itself), ends its request alone, and with "Internal server error". Without a transfer of caches between
 engines nothing else ends a request so, and it is a 400, too.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_request_limits.py::test_stock_blames_itself_for_what_it_cannot_read` fails.
 """
 

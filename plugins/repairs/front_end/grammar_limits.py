@@ -2,11 +2,11 @@
 
 vLLM turns a request's schema into a grammar in the front end, before anything is scheduled, and in the engine again.
 What xgrammar does not know goes to llguidance, or to outlines, where a number in the schema becomes as many states:
-`{"type": "array", "minItems": 1000000000}` takes 80 GiB, and one request has the server killed.  xgrammar counts such
-numbers, but takes time in proportion to the square of an object's properties.  The limits are far above what is
+`{"type": "array", "minItems": 1000000000}` takes 80 GiB, and one request has the server killed. xgrammar counts such
+numbers, but takes time in proportion to the square of an object's properties. The limits are far above what is
 asked for in earnest: 100,000 states take 130 MiB and 0.3 s, 1,000 properties about a second.
 
-Checked against vLLM 0.32.0 with xgrammar 0.2 and llguidance 1.7.  It can go when
+Checked against vLLM 0.32.0 with xgrammar 0.2 and llguidance 1.7. It can go when
 `tests/plugins/test_request_limits.py::test_stock_takes_any_number_in_a_schema` fails.
 """
 

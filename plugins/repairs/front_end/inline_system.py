@@ -1,11 +1,11 @@
 """System messages between turns stay where they are, for chat templates that mark what the assistant says.
 
-Coding agents of the Messages API put reminders into the conversation as system messages.  vLLM tries once whether the
-chat template takes those, with a Jinja that does not know transformers' ``{% generation %}`` tag, which every Laguna
+Coding agents of the Messages API put reminders into the conversation as system messages. vLLM tries once whether the
+chat template takes those, with a Jinja that does not know transformers' `{% generation %}` tag, which every Laguna
 release has: the template fails, is taken for one that does not, and each new reminder is moved to the very front of the
-prompt.  So the whole conversation misses the prefix cache at every turn.
+prompt. So the whole conversation misses the prefix cache at every turn.
 
-Checked against vLLM 0.26.0, 0.32.0 and 0.33.0.  It can go when
+Checked against vLLM 0.26.0, 0.32.0 and 0.33.0. It can go when
 `tests/plugins/test_inline_system.py::test_stock_takes_the_generation_tag_for_a_refusal` fails.
 """
 

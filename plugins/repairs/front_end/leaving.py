@@ -1,10 +1,10 @@
 """An engine that is about to stop, and lets what it has end (`--shutdown-timeout`), says so.
 
 vLLM's server goes on taking requests meanwhile: a text cannot be tokenized any more, which is a 500, ids get an empty
-answer with status 200, and `/health` says that all is well.  Here they get a 503 with which clients ask elsewhere, and
+answer with status 200, and `/health` says that all is well. Here they get a 503 with which clients ask elsewhere, and
 so does `/health`, so that gateways and balancers stop sending them.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_request_limits.py::test_stock_goes_on_while_it_stops` fails.
 """
 

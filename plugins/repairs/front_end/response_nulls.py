@@ -1,9 +1,9 @@
 """`null` in a request of the Responses API means the default, also where the answer repeats the field.
 
 `background` and `truncation` may be null in a request, and vLLM copies them into a response that cannot hold a null:
-the answer is a 500, and a stream, whose head has been sent by then, is cut off.  bench/fuzz.py found it.
+the answer is a 500, and a stream, whose head has been sent by then, is cut off. bench/fuzz.py found it.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_response_nulls.py::test_stock_cannot_repeat_a_null` fails.
 """
 

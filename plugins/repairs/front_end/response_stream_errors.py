@@ -2,9 +2,9 @@
 
 What is raised after a stream's first event (a grammar that cannot be compiled, for one) tears the connection down in
 the middle of the answer, so that clients see a lost engine and ask again; streams of chats and completions end in an
-error event.  bench/fuzz.py found it.
+error event. bench/fuzz.py found it.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_response_streams.py::test_stock_tears_the_stream_off` fails.
 """
 

@@ -3,7 +3,7 @@
 vLLM's handler is registered for FastAPI's HTTPException; what the router itself raises is Starlette's, the class above
 it, and comes as `{"detail": "Not Found"}`, in which OpenAI's clients find no message.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_request_limits.py::test_stock_lets_the_router_answer` fails.
 """
 

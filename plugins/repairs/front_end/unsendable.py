@@ -3,7 +3,7 @@
 A lone surrogate is JSON ("\\ud800") but no text, and 2**64 an integer but none of 64 bits: vLLM's checks let both pass,
 for instance in `stop`, `cache_salt` or `priority`, and the message to the engine's process cannot be written.
 
-Checked against vLLM 0.32.0.  It can go when
+Checked against vLLM 0.32.0. It can go when
 `tests/plugins/test_request_limits.py::test_stock_blames_itself_for_a_surrogate` fails.
 """
 

@@ -1,7 +1,7 @@
 """The checkpoint that is made smaller: its headers, checked before anything is written, and its tensors, mapped.
 
 Two spellings of the routed experts are read: one matrix per expert, as Laguna is published and as transformers saves
-it, and transformers' fused one (`save_original_format=False`), where the experts of a layer are two tensors.  In FP8
+it, and transformers' fused one (`save_original_format=False`), where the experts of a layer are two tensors. In FP8
 there is the first alone, and beside every matrix its scales.
 """
 

@@ -1,7 +1,7 @@
 """Which files the output has, and the tensors of each, built from the mapped base.
 
 A compact checkpoint of a sharded base has one file per sparse layer's experts, and one for what else an input file
-holds; of a single-file base it has a single file.  The zeroed form mirrors the base file by file.
+holds; of a single-file base it has a single file. The zeroed form mirrors the base file by file.
 
 Blocks in FP8 have their atoms' scales beside them: w13_scales [n, 2, B, G] and w2_scales [n, B, G], G = ⌈hidden / 128⌉,
 in the dtype of the base's scales, or in bf16 where the base is rounded to FP8.

@@ -1,8 +1,8 @@
-"""Does what was written compute what the masked base computes?  Read back from the files and compared, layer by layer.
+"""Does what was written compute what the masked base computes? Read back from the files and compared, layer by layer.
 
 The truth is worked out without the blocks: every expert of the base in full, in fp32, dequantised where it is FP8, with
-the activations of pruned atoms set to zero.  Against it stand the blocks on disk, through the kernel's reference, or
-the zeroed matrices on disk.  Of a base that is rounded to FP8 the truth is the matrices so rounded, atom by atom.
+the activations of pruned atoms set to zero. Against it stand the blocks on disk, through the kernel's reference, or
+the zeroed matrices on disk. Of a base that is rounded to FP8 the truth is the matrices so rounded, atom by atom.
 Everything that pruning does not touch must be identical to the last bit.
 """
 

@@ -1,7 +1,7 @@
 """The published form of a pruned model: the base's files byte for byte, but for zeros in what is pruned.
 
-Scales of FP8 stay as they are.  A file is copied tensor by tensor, so that one tensor at a time is in memory and
-header, order and padding stay as they are.  The library does not say where a tensor lies; its format does: eight bytes
+Scales of FP8 stay as they are. A file is copied tensor by tensor, so that one tensor at a time is in memory and
+header, order and padding stay as they are. The library does not say where a tensor lies; its format does: eight bytes
 of length, a JSON header with `data_offsets` from the end of the header on, then the data
 (https://github.com/huggingface/safetensors#format).
 """

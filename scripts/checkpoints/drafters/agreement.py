@@ -1,4 +1,4 @@
-"""Do two drafters, one in each format, compute the same?  Their plain PyTorch forms on random states, in fp32."""
+"""Do two drafters, one in each format, compute the same? Their plain PyTorch forms on random states, in fp32."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What of a DFlash drafter can be said in the other format, worked out on its tensors.
 
 Write N(x) = x / rms(x), h₁ … hₖ for the target's states at the taps, y for a block row, W for a layer's queries, keys
-and values.  The architectures differ in the context c and in what a layer makes of it:
+and values. The architectures differ in the context c and in what a layer makes of it:
 
     Laguna        c = a ⊙ N(F [w₁ ⊙ N(h₁) … wₖ ⊙ N(hₖ)]),  keys and values W (v ⊙ N(c)),  block rows W (v ⊙ N(y))
     speculators   c = a ⊙ N(F [h₁ … hₖ]),                   keys and values W c,           block rows W (v ⊙ N(y))
@@ -9,9 +9,9 @@ and values.  The architectures differ in the context c and in what a layer makes
 Besides, Laguna's heads may have an output gate, and the speculators' drafter a vocabulary of its own.
 
 - With one tap N(h₁) is a positive factor per token, which the outer N takes away again, up to the epsilon in rms: w₁
-  folds into F, and in the other direction is 1.  With several taps their relative sizes differ from token to token: it
+  folds into F, and in the other direction is 1. With several taps their relative sizes differ from token to token: it
   does not carry over.
-- N(c) = u for the unit-rms u = c / a if a is the same in every place: then v folds into W, and a and v become 1.  In
+- N(c) = u for the unit-rms u = c / a if a is the same in every place: then v folds into W, and a and v become 1. In
   the other direction W (a ⊙ u) must be W (v ⊙ u): a and v must be equal in every layer.
 - A gate whose matrix is zero multiplies with softplus(0) = ln 2, which folds into the output projection.
 - Laguna's drafter uses the target's embedding and head; a drafter with others cannot be said in its format.
@@ -57,7 +57,7 @@ KNOWN_SPECULATORS = re.compile(
 class Conversion:
     """The drafter in the other format, and what happened to each part on the way.
 
-    ``lost`` is what does not carry over, with the reason; the tensors are only right when it is empty.
+    `lost` is what does not carry over, with the reason; the tensors are only right when it is empty.
     """
 
     config: ConfigJson = field(default_factory=dict)

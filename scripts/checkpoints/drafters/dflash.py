@@ -1,9 +1,9 @@
 """A DFlash drafter in plain PyTorch: the reference for what vLLM computes, and what the toy drafter is trained with.
 
-A block is [anchor, mask × γ] at positions a … a+γ, a being the newest token the target has emitted.  Its rows attend to
+A block is [anchor, mask × γ] at positions a … a+γ, a being the newest token the target has emitted. Its rows attend to
 each other without a causal mask, and to keys and values made from the target's hidden states at positions < a (the
-anchor's own hidden state does not exist yet when drafting starts).  Row k predicts token a+k.  Embedding and output
-head are the target's.  Weights are named as vLLM's `DFlashLagunaForCausalLM` reads them.
+anchor's own hidden state does not exist yet when drafting starts). Row k predicts token a+k. Embedding and output
+head are the target's. Weights are named as vLLM's `DFlashLagunaForCausalLM` reads them.
 
 Source: DFlash (arXiv:2602.06036); models/laguna_dflash.py and v1/spec_decode/dflash.py of vLLM 0.32.0.
 """

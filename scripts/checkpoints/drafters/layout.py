@@ -33,7 +33,7 @@ def describe_laguna(
 ) -> ConfigJson:
     """Describe a config.json in the published layout.
 
-    ``rope`` is said in full and not as ``rope_theta`` alone, which transformers drops (plugins/layers.py).
+    `rope` is said in full and not as `rope_theta` alone, which transformers drops (plugins/layers.py).
 
     Args:
         sizes: SHARED_KEYS, and sliding_window where a layer slides.
@@ -105,7 +105,7 @@ def describe_speculators(
 
 
 def read_block_size(config: ConfigJson) -> int:
-    """Read it from ``dflash_config``, or from the top, where other drafters have it."""
+    """Read it from `dflash_config`, or from the top, where other drafters have it."""
     inner = config["dflash_config"].get("block_size")
     return int(config["block_size"] if inner is None else inner)
 

@@ -2,8 +2,8 @@
 
 It differs from dflash.py's in four things: the target's hidden states go into `fc` as they are; `hidden_norm` is the
 only norm between `fc` and the layers' keys and values; heads have no gate; the head knows only the draft vocabulary,
-whose token i is the target's i + d2t[i].  Weights are named as vLLM's `DFlashQwen3ForCausalLM` reads them; the
-embedding is the target's.  Layer ids in the file count from 1.
+whose token i is the target's i + d2t[i]. Weights are named as vLLM's `DFlashQwen3ForCausalLM` reads them; the
+embedding is the target's. Layer ids in the file count from 1.
 
 Source: models/qwen3_dflash.py and transformers_utils/configs/speculators/algos.py of vLLM 0.32.0.
 """

@@ -1,7 +1,7 @@
 """TEA: a student's embedding, held to its initialisation, whole or shared out among processes.
 
 The term is a sum over the embedding's entries, and so is its gradient: it is added to what the backward pass has left,
-by each process to its own part.  FSDP2 has the weight in parts then, as DTensors, and gathers nothing for it.
+by each process to its own part. FSDP2 has the weight in parts then, as DTensors, and gathers nothing for it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     λ_CE    = min(1, 0.70 + 0.30 · max(0, t − warm-up) / (T − warm-up))
     λ_TEA   = 1 − 0.9 · t / T
 
-CEᵢ is the mean over an answer's own tokens, so that long answers weigh no more than short ones.  The page's formulas
+CEᵢ is the mean over an answer's own tokens, so that long answers weigh no more than short ones. The page's formulas
 have lost their minus signs; the published T is 2000, its warm-up 200.
 
 Source: OdaxAI/DANTE-Mosaic-3.5B's model card.

@@ -1,6 +1,6 @@
 """A cache of a teacher's answers: records in JSON Lines, a folder of shards.
 
-Text and a few numbers alone cross from teacher to student.  `output_entropy` does need the teacher's distribution: it
+Text and a few numbers alone cross from teacher to student. `output_entropy` does need the teacher's distribution: it
 is the mean over the greedy answer's tokens of the entropy of the `top_k` likeliest ones with all others lumped as one
 outcome of `tail_mass`, and so a lower bound.
 """

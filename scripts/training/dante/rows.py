@@ -1,6 +1,6 @@
 """A cache's records as rows of token ids by the student's own tokenizer, in the order in which they are taught.
 
-A prompt is context and never a target.  An answer that was cut off, by the teacher's limit or by the row's, ends
+A prompt is context and never a target. An answer that was cut off, by the teacher's limit or by the row's, ends
 without the end token: it does not teach where to stop.
 """
 

@@ -1,6 +1,6 @@
 """DANTE's loss in TRL's SFTTrainer, which has the loop, devices, checkpoints and their resuming.
 
-Imported where training happens alone: TRL is in .venv-train (scripts/client_env.sh train).  Rows come tokenised, as TRL
+Imported where training happens alone: TRL is in .venv-train (scripts/client_env.sh train). Rows come tokenised, as TRL
 would end every answer with the end token, those too that were cut off.
 """
 
@@ -37,7 +37,7 @@ NOT_FINITE = "lower --lr, and check that the weights of the model are finite"
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Which of the parts are on.  Plain fine-tuning has none of them.
+    """Which of the parts are on. Plain fine-tuning has none of them.
 
     Attributes:
         weigh: by the teacher's entropy (CWCE).
@@ -64,7 +64,7 @@ class WeighedCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
 
 
 class DanteTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer with DANTE's loss.  TEA anchors to the embedding that it is made with, resumed or not."""
+    """SFTTrainer with DANTE's loss. TEA anchors to the embedding that it is made with, resumed or not."""
 
     def __init__(self, *, objective: Objective, **options: Any) -> None:
         super().__init__(**options)

@@ -10,7 +10,7 @@ choose is which experts, and what each one's share of the sum is.
 | concat | routed weight, summed over tokens | 1/k: as if every token went to the k chosen ones alike |
 | random | – | no expert: the shared one, and random units |
 
-All shares are times the routed scaling factor.  The shared expert always comes first, unscaled.
+All shares are times the routed scaling factor. The shared expert always comes first, unscaled.
 
 Source: score, select, concatenate, scale and distil is the frame of arXiv:2605.28207, of which these are simple
 members: two scores and three scalings; its diversity-aware score is not among them.

@@ -1,8 +1,8 @@
 """What the student is trained to make small: an error of a block's output, a divergence from the teacher's tokens.
 
-From a store the teacher's distribution is known on its K likeliest tokens and as the mass of all others together.  Both
+From a store the teacher's distribution is known on its K likeliest tokens and as the mass of all others together. Both
 distributions are then taken over K + 1 outcomes, the last one being "any other token": by the data processing
-inequality that KL is never more than the whole vocabulary's, and equal to it for K = V.  Renormalising over the K
+inequality that KL is never more than the whole vocabulary's, and equal to it for K = V. Renormalising over the K
 tokens alone, the other custom, says nothing about the mass outside, which the student is free to misplace.
 """
 

@@ -1,10 +1,10 @@
 """The two stages of the distillation, and what is measured before and after.
 
 Stage 1: every block on its own learns its sparse block's output, from the teacher's hidden states, so that no layer
-sees another one's error.  Its loss is the normalised mean squared error, ‖ŷ − y‖² / ‖y‖² over a batch.
+sees another one's error. Its loss is the normalised mean squared error, ‖ŷ − y‖² / ‖y‖² over a batch.
 
 Stage 2: the whole student learns the teacher's next-token distribution, forward KL(teacher ‖ student) in nats, on
-conversations and there on the assistant's tokens alone.  A batch's loss is the mean over its predicted tokens, however
+conversations and there on the assistant's tokens alone. A batch's loss is the mean over its predicted tokens, however
 many parts and processes it is computed in.
 
 Source: the recipe of the Laguna-XS.2-dense model card; its first stage follows RADLADS (arXiv:2505.03005).
@@ -82,7 +82,7 @@ def train_blocks(
     state_file: Path,
     threads: int = THREADS,
 ) -> list[dict[str, float]]:
-    """Stage 1, in place.  The log has the sum of the NMSE as `loss`, their mean, and each layer's as `layer N`."""
+    """Stage 1, in place. The log has the sum of the NMSE as `loss`, their mean, and each layer's as `layer N`."""
     layers = [int(name) for name in blocks]
     reader = Blocks({layer: teacher.model.layers[layer].mlp for layer in layers})
 
@@ -134,7 +134,7 @@ def train_student(
     ranks: Ranks = ALONE,
     watch: Callable[[LagunaForCausalLM, int], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Stage 2, in place; the student is fp32 before and after.  The log has the KL in nats per token as `loss`.
+    """Stage 2, in place; the student is fp32 before and after. The log has the KL in nats per token as `loss`.
 
     `watch` sees the student in front of every step; it is refused with `recipe.fsdp`, where nobody has it whole.
     With `recipe.fsdp` a copy is trained in parts, and the student waits in the machine's memory meanwhile.

@@ -1,7 +1,7 @@
 """The dense student of a Laguna mixture of experts: the teacher with every sparse block replaced by one SwiGLU.
 
 A block's width is that of the teacher's active path, k routed experts and the shared one, so that a token costs as much
-as before.  Attention, norms, embedding and head are the teacher's; a dense layer stays as it is or is widened.  The
+as before. Attention, norms, embedding and head are the teacher's; a dense layer stays as it is or is widened. The
 checkpoint is stock Laguna, which knows one width for all layers: narrower ones are padded with zeros, which changes no
 output as silu(0) · 0 = 0.
 

@@ -1,7 +1,7 @@
 """Rows to distil on: plain text end to end, and conversations with the assistant's tokens marked.
 
 Sources: `toy:training` or `toy:held-out` (a half of the toy family's corpus, as text or as conversations), a text file,
-or JSON lines: {"text": …} for text, {"messages": [{"role": …, "content": …}, …]} for conversations.  JSON lines are
+or JSON lines: {"text": …} for text, {"messages": [{"role": …, "content": …}, …]} for conversations. JSON lines are
 read one at a time and kept as token ids on disk (tokens.py); a text file is one document and tokenised whole.
 """
 

@@ -1,7 +1,7 @@
 """Which layers and units of a LLaDA are least missed: one reading of the checkpoint, a layer in memory at a time.
 
 Leave-one-block-out: for every contiguous block of so many layers the model without it runs beside the whole one, and
-what is compared is the likeliest token at masked positions.  A variant is the whole model up to its block and skips
+what is compared is the likeliest token at masked positions. A variant is the whole model up to its block and skips
 that, so all of them go through a layer while its weights are there: memory holds the hidden states of every variant,
 and of the weights one layer, the embedding and the head.
 

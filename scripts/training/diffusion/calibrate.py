@@ -1,7 +1,7 @@
 """Learn what a LLaDA commits next, for exact speculation: graphs of sets of ranks, and an order model.
 
 The prompts are decoded by the reference, step by step; what is learnt serves other prompts, and nothing of it can
-change a text.  DIR gets order.safetensors, graph.json, with --draft the draft's graphs, and calibration.json.
+change a text. DIR gets order.safetensors, graph.json, with --draft the draft's graphs, and calibration.json.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Teach a smaller LLaDA, as prune.py makes it, what the whole one chooses at masked positions.
 
-Loss and mask ratios are the 24-layer draft's (distillation.py).  The text is cut into rows of --length tokens, shorter
-ones are left out.  The student learns in float32, which with its gradients and AdamW's two moments is 16 bytes a
-parameter; the teacher computes in --dtype.  The state is saved on the way: the same command continues.
+Loss and mask ratios are the 24-layer draft's (distillation.py). The text is cut into rows of --length tokens, shorter
+ones are left out. The student learns in float32, which with its gradients and AdamW's two moments is 16 bytes a
+parameter; the teacher computes in --dtype. The state is saved on the way: the same command continues.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     loss = 0.5 · CE(student, the teacher's likeliest token) + 0.3 · KL over the teacher's 32 likeliest tokens
          + 0.2 · (the student's largest probability − the teacher's)²
 
-The model card writes KL(student ‖ teacher); the usual distillation is KL(teacher ‖ student).  `direction` says which.
+The model card writes KL(student ‖ teacher); the usual distillation is KL(teacher ‖ student). `direction` says which.
 
-Agreement of the likeliest tokens is what the card reports.  What decides whether a draft pays is another figure, which
+Agreement of the likeliest tokens is what the card reports. What decides whether a draft pays is another figure, which
 `plugins/diffusion/calibration.py` counts.
 
 Source: jaygala223/llada-distilled-24L-v3's model card, for loss and mask ratios.

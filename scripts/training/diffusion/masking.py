@@ -1,7 +1,7 @@
 """Masked rows to learn from and to be measured on: which positions are masked, and the loss there.
 
 Half of a batch's rows are masked all over; of the others a part from some place on, as an answer is behind its prompt,
-which is what a decode sees.  A row counts the same whatever its ratio.
+which is what a decode sees. A row counts the same whatever its ratio.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train an order model on a target's own decodes.
 
-The decodes are the reference's, step by step.  From each step's logits the model learns to tell the next commits, as
+The decodes are the reference's, step by step. From each step's logits the model learns to tell the next commits, as
 far as proposals reach, within the block.
 """
 

@@ -1,9 +1,9 @@
 """Train the toy LLaDA on masked rows, from weights in which some heads already look at neighbours.
 
 From scratch a small masked model with rotary positions alone stays at the loss of the tokens' frequencies for hundreds
-of steps: nothing tells its heads left from right, near from far.  Starting from a causal model mends that and costs a
-training of its own.  Here the first layers' heads start as what such a training would make of them: a head whose query
-and key are constant, apart by the angle of a distance, looks at that distance.  The constant comes from one dimension
+of steps: nothing tells its heads left from right, near from far. Starting from a causal model mends that and costs a
+training of its own. Here the first layers' heads start as what such a training would make of them: a head whose query
+and key are constant, apart by the angle of a distance, looks at that distance. The constant comes from one dimension
 that all embeddings share, so the format has nothing that LLaDA's has not, and all of it is trained on.
 """
 

@@ -1,8 +1,8 @@
 """Make a smaller LLaDA: without the block of layers that is least missed, and without the least active units.
 
 Every contiguous block of --remove-layers layers is left out in turn, and the agreement of the likeliest tokens with the
-whole model's printed; the least missed one goes.  Of each layer that stays the share --keep-units of the feed-forward
-units is kept, those with the largest mean |silu(gate) · up|.  The checkpoint is read twice, a layer at a time.
+whole model's printed; the least missed one goes. Of each layer that stays the share --keep-units of the feed-forward
+units is kept, those with the largest mean |silu(gate) · up|. The checkpoint is read twice, a layer at a time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Make the toy diffusion pair: tests/toy/llada, and tests/toy/llada-draft by pruning and distillation.
 
-The tokenizer and the corpus are the toy teacher's.  The model is trained on masked rows (pretraining.py), a draft cut
-out of it (prune.py) and taught its choices (distillation.py).  Training saves its state on the way: the same command
+The tokenizer and the corpus are the toy teacher's. The model is trained on masked rows (pretraining.py), a draft cut
+out of it (prune.py) and taught its choices (distillation.py). Training saves its state on the way: the same command
 continues after an interruption.
 """
 

@@ -1,7 +1,7 @@
 """Blocks of a drafter at places of recorded answers, many of a row at once, as it would draft them in service.
 
 A block stands behind an *anchor*, a token that the target has committed: an emitted one, as the first of them comes of
-the prompt itself.  It sees the target's states of all tokens before the anchor, and itself, never another block.
+the prompt itself. It sees the target's states of all tokens before the anchor, and itself, never another block.
 """
 
 from __future__ import annotations

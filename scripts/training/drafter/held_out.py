@@ -1,17 +1,17 @@
 """Acceptance length on held-out answers, exactly as vLLM would count it while decoding them.
 
-vLLM counts τ = 1 + accepted ÷ drafts (speculation/acceptance.py).  Along one recorded answer, with α_k of place k as
+vLLM counts τ = 1 + accepted ÷ drafts (speculation/acceptance.py). Along one recorded answer, with α_k of place k as
 objective.py has it, a step at anchor a accepts n drafts and leaves its next anchor at a + n + 1, with
 
     P(n ≥ k | a) = α₁(a) ⋯ α_k(a)        P(a') = Σ_a P(a) · P(n = a' − a − 1 | a)        P(first emitted token) = 1
 
-since the prefill commits the first token and drafts begin there.  So in place of drawing drafts
+since the prefill commits the first token and drafts begin there. So in place of drawing drafts
 
     τ = 1 + Σ_a P(a) · Σ_k P(n ≥ k | a)  ÷  Σ_a P(a)
 
-over the anchors of all answers whose whole block was emitted.  For greedy drafts α is 0 or 1 and this is the count of
-one run; for drawn ones it is the mean over all runs that commit this text.  The answers have to be sampled from the
-target at the temperature: then the mean over them is that of serving.  Where `top_k` or the like cut the distribution,
+over the anchors of all answers whose whole block was emitted. For greedy drafts α is 0 or 1 and this is the count of
+one run; for drawn ones it is the mean over all runs that commit this text. The answers have to be sampled from the
+target at the temperature: then the mean over them is that of serving. Where `top_k` or the like cut the distribution,
 greedy drafts are still counted exactly, and drawn ones as if nothing had been cut.
 """
 

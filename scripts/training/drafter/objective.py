@@ -5,21 +5,21 @@ distribution at place k (softmax of its logits ÷ T, given x₁ … x_{k−1}) a
 ÷ T: vLLM's drafters use the temperature and no other sampling parameter).
 
 Verification accepts a drawn draft d_k with min(1, p_k(d_k) / q_k(d_k)) and puts a token of the residual in its place
-otherwise (arXiv:2211.17192), so that what is committed has the target's distribution.  Turned round: given that x_k is
+otherwise (arXiv:2211.17192), so that what is committed has the target's distribution. Turned round: given that x_k is
 what was committed at place k, and that all before it were accepted, it was the draft with probability
 
     α_k = min(1, q_k(x_k) / p_k(x_k))           drafts drawn from q_k
     α_k = 1 if x_k is q_k's likeliest token      greedy drafts, at any temperature: q_k is all on one token
     (T = 0: p_k is all on x_k, and both are the second)
 
-since min(p_k, q_k) ÷ p_k of the committed tokens are accepted ones.  Recorded text therefore suffices to say exactly
+since min(p_k, q_k) ÷ p_k of the committed tokens are accepted ones. Recorded text therefore suffices to say exactly
 how often drafts would have been accepted along it, and over text sampled at T the mean is that of serving at T.
 
 Losses, each weighted exp(−(k − 1) ÷ decay) by place (DFlash, arXiv:2602.06036):
 
     ce        −log q_k(x_k), logits undivided
     dspark    0.1 · cross entropy of q_k under p_k + 0.9 · ½ Σ |p_k − q_k| (DSpark, arXiv:2607.05147); the second is one
-              minus the chance that a drawn draft is accepted.  At T = 0 p_k is all on x_k and q_k is taken at T = 1.
+              minus the chance that a drawn draft is accepted. At T = 0 p_k is all on x_k and q_k is taken at T = 1.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A batch is a function of seed, step and the weights at that step, so that an interrupted run goes on to the same bits.
 
-Where blocks stand decides what is learned.  In decoding a block stands behind the last token that a step committed:
-more often after a token that was hard to draft than after an easy one, which was passed over with its block.  So places
+Where blocks stand decides what is learned. In decoding a block stands behind the last token that a step committed:
+more often after a token that was hard to draft than after an easy one, which was passed over with its block. So places
 are drawn evenly over an answer, drafted at without gradients, and moved on by what would have been accepted and the
 target's own token behind it: one step of decoding with the drafter as it is.
 """

@@ -78,9 +78,9 @@ class Masked(torch.nn.Module):
 class Repacked(torch.nn.Module):
     """Every kept block as an expert of its own, with its parent's logit: the top K·G of them for each token.
 
-    K: experts of a token; G: blocks of an expert.  A parent of high score brings all that is left of it, its most
+    K: experts of a token; G: blocks of an expert. A parent of high score brings all that is left of it, its most
     important block first; what its pruned blocks leave free goes to blocks of parents that the router would not have
-    chosen.  Weights are the routing scores over the sum of those chosen, times G: with nothing pruned, the parent's.
+    chosen. Weights are the routing scores over the sum of those chosen, times G: with nothing pruned, the parent's.
     """
 
     def __init__(self, block: Any, blocks: torch.Tensor, blocks_per_expert: int) -> None:

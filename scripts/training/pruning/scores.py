@@ -1,12 +1,12 @@
 """How much each atom of each routed expert matters: five scores of the same sums over text.
 
-An atom is one gate row, one up row and one down column d.  For a token that the router sends to the expert, with
+An atom is one gate row, one up row and one down column d. For a token that the router sends to the expert, with
 routing weight w (the routed scale included), a = silu(gate · x) · (up · x) is the atom's strength, and the atom adds
 
     δ = w · a · d
 
-to the layer's output.  g is the gradient of the row's summed loss with regard to the layer's output at that token, so
-that w · g is the gradient at the expert's own output.  n: tokens routed to the expert.  T: *all* tokens predicted.
+to the layer's output. g is the gradient of the row's summed loss with regard to the layer's output at that token, so
+that w · g is the gradient at the expert's own output. n: tokens routed to the expert. T: *all* tokens predicted.
 
 | score | of an atom | units |
 |--|--|--|
@@ -16,10 +16,10 @@ that w · g is the gradient at the expert's own output.  n: tokens routed to the
 | `reap` | (Σ w ‖f(x)‖ ÷ n) ÷ N, f the expert | REAP's (arXiv:2510.13999), of whole experts: shared out evenly among N atoms |
 | `magnitude` | ‖gate‖² + ‖up‖² + ‖d‖² | no text |
 
-`loss` and `output` weigh an expert by how often it is chosen.  `heapr` and `reap` are means over the tokens routed to it,
-so that frequency is divided out; an expert that no token was routed to scores 0.  HEAPr takes the expectations of
-activations and gradients apart, where `loss` has each token's own gradient meet its own activation.  dᵀ M d is the mean
-of (w g · d)², so that no [H, H] matrix is made.  Atoms are taken one by one; that they err together is left out.
+`loss` and `output` weigh an expert by how often it is chosen. `heapr` and `reap` are means over the tokens routed to it,
+so that frequency is divided out; an expert that no token was routed to scores 0. HEAPr takes the expectations of
+activations and gradients apart, where `loss` has each token's own gradient meet its own activation. dᵀ M d is the mean
+of (w g · d)², so that no [H, H] matrix is made. Atoms are taken one by one; that they err together is left out.
 
 MoNE (arXiv:2507.00390) ranks whole experts by the unbiased standard deviation of what they give times how much the
 router asks of them, √(Σ ‖f(x) − f̄‖² ÷ (n − 1)) · Σ w ÷ T, and puts the constant f̄ = Σ f(x) ÷ n in a pruned one's place.
@@ -42,7 +42,7 @@ import torch.nn.functional as F
 class ExpertCall:
     """One expert's work on the n tokens of a row that were routed to it, in the model's dtype.
 
-    gate_up [2N, H], down [H, N]: its weights.  x [n, H]: its inputs.  weights [n]: routing weights, scaled.
+    gate_up [2N, H], down [H, N]: its weights. x [n, H]: its inputs. weights [n]: routing weights, scaled.
     grads [n, H]: gradient of the row's summed loss with regard to the layer's output; None without a backward pass.
     """
 
@@ -85,7 +85,7 @@ class ExpertSums:
 
     @classmethod
     def of_weights(cls, gate_up: torch.Tensor, down: torch.Tensor) -> ExpertSums:
-        """Start scores of no token yet.  gate_up [E, 2N, H], down [E, H, N]: the layer's weights."""
+        """Start scores of no token yet. gate_up [E, 2N, H], down [E, H, N]: the layer's weights."""
         E, H, N = down.shape
 
         def zeros(*size: int) -> torch.Tensor:
@@ -202,7 +202,7 @@ def group_atoms(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Sort each expert's atoms by falling score into groups: indices [L, E, G, B] int64, scores [L, E, G] fp32.
 
-    A group's score is the sum of its atoms'.  Of equal atoms the earlier one comes first.
+    A group's score is the sum of its atoms'. Of equal atoms the earlier one comes first.
     """
     L, E, N = scores.shape
     order = np.argsort(-scores, axis=-1, kind="stable")

@@ -11,7 +11,7 @@ from laguna_serve.plugins.pruning import PruningError
 def prune_experts(scores: npt.NDArray[np.float64], ratio: float, least: int) -> npt.NDArray[np.bool_]:
     """Prune the ⌊ratio · all⌋ experts of lowest score over all layers, the best `least` of every layer excepted.
 
-    scores [L, E], higher is more important; of equal ones the earlier goes first.  Returns keep [L, E].
+    scores [L, E], higher is more important; of equal ones the earlier goes first. Returns keep [L, E].
 
     Raises:
         PruningError: more than can go.

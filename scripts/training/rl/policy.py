@@ -1,7 +1,7 @@
 """The policy of a GRPO run: log-probabilities, the loss, and versions written as checkpoints.
 
 Group-relative policy optimisation (arXiv:2402.03300) without a critic: a completion's advantage is its reward against
-the other completions of its prompt.  Two ratios are kept apart (arXiv:2110.00641): how far steps have moved the policy
+the other completions of its prompt. Two ratios are kept apart (arXiv:2110.00641): how far steps have moved the policy
 since it was first asked about these tokens, clipped as in PPO (arXiv:1707.06347), and how far that policy was from the
 engine which sampled them, by which a token is weighed (off_policy/importance.py).
 """
@@ -31,7 +31,7 @@ class RolloutBatch:
     """Rollouts as tensors, padded on the right: tokens [B, L] int64.
 
     Of every token but the first whether it was sampled, its log-probability in the engine, and its completion's
-    advantage, each [B, L − 1].  `experts` [B, L − 1, layers, top_k] int64: what the engine chose for every token but
+    advantage, each [B, L − 1]. `experts` [B, L − 1, layers, top_k] int64: what the engine chose for every token but
     the last, UNKNOWN in the padding; None where a rollout does not say.
     """
 

@@ -13,7 +13,7 @@ from laguna_serve.scripts.text.corpus import Module
 VOCAB_SIZE = 512
 PAD, BOS, EOS, MASK, END, ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT = range(8)
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<|end|>", "<system>", "<user>", "<assistant>"]
-# Bytes that UTF-8 never holds, so that no text needs their ids, as ByteLevel writes them.  The ids are the marks of
+# Bytes that UTF-8 never holds, so that no text needs their ids, as ByteLevel writes them. The ids are the marks of
 # thinking and tool calls instead: tokens, as parsers look them up in the vocabulary, but not special ones, as in the
 # releases: they are part of a completion's text.
 UNUSED_BYTES = "ÀÁõö÷øùúûüýþ"  # C0 C1 F5 … FE
@@ -23,7 +23,7 @@ MARKS = [
 ]
 
 # In the form of Laguna's: the tools in the system part, calls in <tool_call> with <arg_key> and <arg_value>, thoughts
-# in <think>, which enable_thinking opens; generation markers, so that trainers can mask the loss.  What differs: every
+# in <think>, which enable_thinking opens; generation markers, so that trainers can mask the loss. What differs: every
 # turn ends with <|end|>, and a request that does not say whether to think gets neither <think> nor </think>, as the
 # chats that the toy was trained on have none.
 CHAT_TEMPLATE = """\

@@ -2,7 +2,7 @@
 
 Read from the headers; of the tensors only the two vocabulary tables are opened.
 
-vLLM names a missing or misshapen tensor at best as a KeyError deep in its loader, and an unsuitable ``d2t`` never.
+vLLM names a missing or misshapen tensor at best as a KeyError deep in its loader, and an unsuitable `d2t` never.
 Names and shapes are those that vLLM 0.32 loads (models/laguna_dflash.py and qwen3_dflash.py).
 """
 
@@ -108,7 +108,7 @@ def _check_shape(folder: Path, name: str, shape: tuple[int, ...], header: Tensor
 def _check_vocabulary(folder: Path, drafter: Drafter, headers: dict[str, TensorHeader]) -> None:
     """Check the draft vocabulary's table to the target's, and the one back, where it is there.
 
-    The first, ``d2t``, has differences.
+    The first, `d2t`, has differences.
     """
     V, size = drafter.target_vocab_size, drafter.draft_vocab_size
     if D2T not in headers:

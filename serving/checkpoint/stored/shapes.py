@@ -1,4 +1,4 @@
-"""Do a Laguna's tensors have the places and sizes that its config.json gives them?  From their headers alone.
+"""Do a Laguna's tensors have the places and sizes that its config.json gives them? From their headers alone.
 
 vLLM 0.32 cuts a matrix that is larger than its parameter as if it were another rank's share, fills a part of the
 parameter with one that is smaller, and ends in an assertion without a word where neither goes.

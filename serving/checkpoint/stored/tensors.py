@@ -1,11 +1,11 @@
-"""Does a Laguna's checkpoint have all of its tensors?  From the headers of its files; only tied layers are read.
+"""Does a Laguna's checkpoint have all of its tensors? From the headers of its files; only tied layers are read.
 
 vLLM 0.32 does not miss a linear layer's, an embedding's or the output layer's weights (`track_weights_loading` passes
 over every module with a quantisation method, which the unquantised ones have, too): it serves what lay in memory.
 Training that ties the output layer to the embedding leaves it out, and a merge that was broken off leaves out more.
 
 Names differ between formats, so that layers are held against each other: each has the projections, norms and routers
-that the others of its kind have.  What a quantiser adds to some layers and not to others is its own affair.  Output
+that the others of its kind have. What a quantiser adds to some layers and not to others is its own affair. Output
 gates and selection biases have one name in all of them, and vLLM serves what lay in memory, or zeros, where a model has
 none at all.
 """

@@ -1,7 +1,7 @@
-"""Are a checkpoint's safetensors files all there, and whole?  From their names, sizes and headers; no tensor is read.
+"""Are a checkpoint's safetensors files all there, and whole? From their names, sizes and headers; no tensor is read.
 
 An interrupted download leaves a shard out, a link of the hub's cache that leads nowhere, or a file that ends early.
-vLLM notices a minute after start-up, under other names.  Layout of a file: eight bytes with the length of the header
+vLLM notices a minute after start-up, under other names. Layout of a file: eight bytes with the length of the header
 (little-endian), the header (JSON: tensor → dtype, shape, data_offsets), the data
 (https://github.com/huggingface/safetensors#format).
 """
@@ -81,12 +81,12 @@ def count_values(folder: Path) -> int:
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Read what the safetensors files say of every tensor.  Raises CheckpointError for a file that is not whole."""
+    """Read what the safetensors files say of every tensor. Raises CheckpointError for a file that is not whole."""
     return {name: tensor for path in list_weights(folder) for name, tensor in check_file(path).items()}
 
 
 def list_weights(folder: Path) -> list[Path]:
-    """List the folder's safetensors files, by name.  Raises CheckpointError when it cannot be listed.
+    """List the folder's safetensors files, by name. Raises CheckpointError when it cannot be listed.
 
     Beside an index they are those that it names, as vLLM reads them: others are of another download, or adapters.
     Mistral's releases have the same weights twice, of which vLLM reads one set: theirs is left out beside another.

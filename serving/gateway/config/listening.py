@@ -22,7 +22,7 @@ class Server(ConfigTable):
 
     `extra_paths` are passed on besides those that vLLM serves to clients. Pages of `allowed_origins` may read answers
     in a browser. What `trusted_proxies` say about whom a request is from is believed. An idle connection of a client is
-    kept for `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s).  After SIGTERM the
+    kept for `keepalive_s`: longer than load balancers in front keep theirs (AWS and nginx: 60 s). After SIGTERM the
     gateway answers for `lame_duck_s` as before and is not ready, so that balancers leave it in the meantime.
 
     So many processes (`workers`) take connections, and share the limits. With two engines or more of its own a process

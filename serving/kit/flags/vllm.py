@@ -1,4 +1,4 @@
-"""vLLM's command line: whether a flag is given, and what for, in any of its spellings (underscores, ``=``, ``8k``)."""
+"""vLLM's command line: whether a flag is given, and what for, in any of its spellings (underscores, `=`, `8k`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def names_flag(arguments: Sequence[str], *flags: str) -> bool:
 
 
 def names_part(arguments: Sequence[str], flag: str) -> bool:
-    """Whether the flag is given, or one field of it (``--reasoning-config.reasoning_end_str``)."""
+    """Whether the flag is given, or one field of it (`--reasoning-config.reasoning_end_str`)."""
     parts = (argument.replace("_", "-").startswith(flag + ".") for argument in arguments)
     return any(parts) or names_flag(arguments, flag)
 

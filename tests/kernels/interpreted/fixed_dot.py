@@ -1,6 +1,6 @@
 """A product of fixed order for Triton's interpreter.
 
-The interpreter's own ``tl.dot`` is NumPy's BLAS, whose sums depend on the processor and on a column's place in its
+The interpreter's own `tl.dot` is NumPy's BLAS, whose sums depend on the processor and on a column's place in its
 tile, so that a test of row bits would test the BLAS; and it multiplies bf16 operands as the integers that hold them.
 Here every element of the product is the accumulator plus a[i, 0] · b[0, j], a[i, 1] · b[1, j], … in this order, each
 product and each sum rounded once in fp32: what remains is the order in which the kernel calls it.
@@ -20,7 +20,7 @@ WIDENED = (tl.bfloat16, tl.float16, tl.float32)
 
 
 def fixed_order_dot(_builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    """d [M, N] fp32 + a [M, K] · b [K, N], K ascending.  The other arguments are the interpreter's, and unused."""
+    """d [M, N] fp32 + a [M, K] · b [K, N], K ascending. The other arguments are the interpreter's, and unused."""
     left, right = widen(a), widen(b)
     assert d.data.dtype == np.float32, f"accumulator: expected float32, got {d.data.dtype}"
     sums = d.data.copy()

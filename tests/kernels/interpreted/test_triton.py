@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, against fp64.  Run by ../test_sentinel_triton.py.
+"""The Triton kernels in Triton's interpreter, against fp64. Run by ../test_sentinel_triton.py.
 
 Products are of a fixed order here (fixed_dot.py), so that row bits are the kernel's own doing on any processor.
 """

@@ -5,7 +5,7 @@
     python tests/plugins/diffusion/published_toy.py --backend vllm
 
 Prompts are cut to their last eight tokens; each is decoded in blocks of 8, 32 and 64, in as many steps as its canvas of
-64 has tokens and in half of them, float32, among as many other unlike requests as the crowd has.  256 prompts take a
+64 has tokens and in half of them, float32, among as many other unlike requests as the crowd has. 256 prompts take a
 quarter to half an hour on a core.
 """
 

@@ -85,7 +85,7 @@ def quantise(cfg: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[dic
 
 
 def write_base(folder: Path, cfg: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
-    """A checkpoint folder.  Shards are cut by size in name order, so a layer's experts lie in two of them."""
+    """A checkpoint folder. Shards are cut by size in name order, so a layer's experts lie in two of them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(cfg))
     (folder / "tokenizer.json").write_text("{}")

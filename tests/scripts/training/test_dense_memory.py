@@ -27,7 +27,7 @@ SHAPES = {
     "wide": {"hidden_size": 256, "intermediate_size": 2560, "moe_intermediate_size": 512, "vocab_size": 2048},
     "deep": {"hidden_size": 384, "intermediate_size": 1536, "moe_intermediate_size": 512, "vocab_size": 8192},
 }
-# Trains two steps on made-up targets, in a process of its own or two, and prints what the peak rose by.  In parts, what
+# Trains two steps on made-up targets, in a process of its own or two, and prints what the peak rose by. In parts, what
 # lies in the machine's memory where there is a device is left out: the student that waits, and the state that the first
 # process gathers to save it.
 TRAIN = """

@@ -1,4 +1,4 @@
-"""``laguna traces show``: what it says of a request, its text with a tokenizer alone, nothing that a terminal obeys."""
+"""`laguna traces show`: what it says of a request, its text with a tokenizer alone, nothing that a terminal obeys."""
 
 from __future__ import annotations
 

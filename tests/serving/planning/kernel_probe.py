@@ -3,7 +3,7 @@
     python kernel_probe.py 80 90 …
 
 The platform's class is swapped for one that answers as such a GPU would (checked against vLLM 0.32.0): nothing is
-computed, hence the process of its own.  Prints JSON: form → capability, or "cpu" → backends.
+computed, hence the process of its own. Prints JSON: form → capability, or "cpu" → backends.
 """
 
 from __future__ import annotations

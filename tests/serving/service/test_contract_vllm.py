@@ -1,7 +1,7 @@
 """Tool calls, thoughts and official clients on the real engine, through `laguna serve` and its gateway.
 
 The toy calls no tool by itself: a regular expression, or a schema where an API has none, forces the text of a call, and
-a budget ends its thoughts.  What is parsed, streamed and translated is vLLM's and the gateway's work on real tokens.
+a budget ends its thoughts. What is parsed, streamed and translated is vLLM's and the gateway's work on real tokens.
 """
 
 from __future__ import annotations

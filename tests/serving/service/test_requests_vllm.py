@@ -1,6 +1,6 @@
 """One request never ends the server, and a drafter changes nothing of what comes out, on two engines of vLLM's.
 
-Both are in fp32, where a token's log-probabilities do not hang on its company, and compute long prompts in parts.  The
+Both are in fp32, where a token's log-probabilities do not hang on its company, and compute long prompts in parts. The
 long form of the second half is bench/fuzz.py.
 """
 

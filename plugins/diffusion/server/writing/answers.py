@@ -168,7 +168,7 @@ class Writer:
 
 
 async def answer_whole(writer: Writer, generation: Generation) -> str:
-    """Wait for all choices.  Raises ApiError when the engine fails at one of them."""
+    """Wait for all choices. Raises ApiError when the engine fails at one of them."""
     choices = [Choice(index) for index in range(len(writer.prompts))]
     async for piece in generation.pieces():
         choices[piece.index].add(piece)

@@ -2,7 +2,7 @@
 
 Four starts before and after stage 1; from the first one's blocks, on the same batches, stage 2 beside the teacher and
 from stores of several K; stage 2 on plain text against conversations, with what becomes of the answers; tokens per
-second of stage 2 with each, in turn.  Writes experiments.json and experiments.md.
+second of stage 2 with each, in turn. Writes experiments.json and experiments.md.
 """
 
 from __future__ import annotations

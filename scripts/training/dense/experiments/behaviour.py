@@ -1,4 +1,4 @@
-"""Does a model still answer?  Greedy answers to held-out requests, and what can be checked of them without a judge.
+"""Does a model still answer? Greedy answers to held-out requests, and what can be checked of them without a judge.
 
 The toy's requests are "complete this function" with its head; the answer is the whole function, then <|end|>.
 """

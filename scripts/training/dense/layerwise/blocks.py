@@ -1,7 +1,7 @@
 """Stage 1 a layer at a time, layers in parallel over processes.
 
 A block learns its sparse block's output and nothing of the other layers, so that its training needs one decoder layer
-and the hidden states in front of it.  With N processes N sparse layers are trained at once, one by each; who trains a
+and the hidden states in front of it. With N processes N sparse layers are trained at once, one by each; who trains a
 layer decides nothing about the outcome, so that two processes make the blocks that one makes.
 """
 

@@ -1,6 +1,6 @@
 """The hidden states of many rows in front of a layer, in files that are mapped into memory.
 
-Layer after layer is read from the shards, run over all rows, and let go.  Several processes share the rows: each
+Layer after layer is read from the shards, run over all rows, and let go. Several processes share the rows: each
 computes and writes its own part of the same file.
 """
 

@@ -1,12 +1,12 @@
 """What a distillation takes of memory and disk, from config.json and the flags alone.
 
-T tokens are computed at a time: those of a part of a process's share of the batch.  Per token and layer the backward
+T tokens are computed at a time: those of a part of a process's share of the batch. Per token and layer the backward
 pass finds, with b bytes a value (what norms read stays fp32), H hidden, Q query and KV key widths, W units:
 
     4 · (2H + Q + KV) + b · (4H + 5Q + 3KV + 4W)
 
-and with checkpointing b · H, plus the above for the one layer that is being made again.  Logits take
-(2b + 16) · V for each place that exists at a time.  Counted from the graph of transformers' Laguna with
+and with checkpointing b · H, plus the above for the one layer that is being made again. Logits take
+(2b + 16) · V for each place that exists at a time. Counted from the graph of transformers' Laguna with
 `saved_tensors_hooks`; compared with measured peaks in tests/scripts/training/test_dense_memory.py.
 """
 

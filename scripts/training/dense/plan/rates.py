@@ -2,7 +2,7 @@
 
 Timed is what the stages run, on random weights at the full width and at a few layers' depth: one sparse layer of each
 kind of attention forward, a dense block with its loss and AdamW, and students of as many and of twice as many layers.
-The difference of the two is what layers take, the rest what the head and the loss do.  Not timed: shards and hidden
+The difference of the two is what layers take, the rest what the head and the loss do. Not timed: shards and hidden
 states read from disk, and the exchange between devices.
 """
 

@@ -1,8 +1,8 @@
 """How much arithmetic a distillation is, and the hours that it takes at the rates of a device (rates.py).
 
 A weight costs two floating point operations a token forward and four backward; activations that are made again cost the
-forward pass once more.  Attention costs 4 · Q a token and key forward, with Q the query width, over the keys that a
-token sees.  Not counted: norms, softmax, what is measured, and the reading of the teacher's shards.
+forward pass once more. Attention costs 4 · Q a token and key forward, with Q the query width, over the keys that a
+token sees. Not counted: norms, softmax, what is measured, and the reading of the teacher's shards.
 """
 
 from __future__ import annotations

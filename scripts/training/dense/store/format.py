@@ -44,7 +44,7 @@ class StoreError(CommandError, ValueError):
 
 
 class StoreHeader(msgspec.Struct, frozen=True, kw_only=True, tag_field="schema", tag="laguna_serve.logit_store/1"):
-    """What a store is of.  Two that are equal hold the same logits.
+    """What a store is of. Two that are equal hold the same logits.
 
     Attributes:
         batches: of training; HELD_OUT_BATCHES come before them.

@@ -1,6 +1,6 @@
 """The target's own answers, asked of an OpenAI endpoint that returns token ids, and kept as recorded traffic.
 
-Every answer is in the file when the next one is asked for, so that an interruption loses what was in flight alone.  A
+Every answer is in the file when the next one is asked for, so that an interruption loses what was in flight alone. A
 request has a seed of its own, worked out of the run's: the same command asks the same again.
 """
 

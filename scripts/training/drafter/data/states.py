@@ -6,7 +6,7 @@ Rows lie in shards of some 32,768 tokens; of a shard there is
     layer-LLL/shard-SSSSS.bin    [tokens, H] bf16, after layer LLL: the tapped layers, and the last one
     running/shard-SSSSS.LLL      [tokens, H] in the dtype that is computed in: where the pass goes on from
 
-each whole or not at all, so that an interrupted pass goes on with the shard and layer that it was at.  A target that
+each whole or not at all, so that an interrupted pass goes on with the shard and layer that it was at. A target that
 is whole in memory (whole.py) goes over a shard at once.
 """
 

@@ -2,9 +2,9 @@
 
 Forward, every layer's input is kept on disk; the head gives the gradient of the loss with regard to the last layer's
 output; backward, from the last layer to the first sparse one, a layer is read again, its forward pass repeated row by
-row, and the gradient passed on to its input.  A score without gradients needs the first of these alone.
+row, and the gradient passed on to its input. A score without gradients needs the first of these alone.
 
-A step is a layer in one direction.  Its files are there before the journal says so; the run goes on after the last step
+A step is a layer in one direction. Its files are there before the journal says so; the run goes on after the last step
 that the journal has, so that an interruption loses one layer's work at most.
 """
 

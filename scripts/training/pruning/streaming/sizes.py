@@ -2,11 +2,11 @@
 
 In memory is at most one part of the model in the dtype it is computed in (a decoder layer, the embedding or the head),
 beside it one tensor as it is stored and as it is converted, and what one row of text needs on its way through that part
-and back.  Every tensor is smaller than its part, so that
+and back. Every tensor is smaller than its part, so that
 
     peak ≤ 3 × the largest part + the activations of one row + the sums of a layer's experts
 
-besides Python and its libraries.  However many layers there are, and however much text, it is the same.
+besides Python and its libraries. However many layers there are, and however much text, it is the same.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a sampled token counts where trainer and engine disagree about it: truncated importance sampling.
 
 The engine samples from its own distribution, the trainer's gradient is of another: rounding, kernels, a lower precision
-and a router's ties lie between them.  Each token is weighted by trainer's ÷ engine's probability, as importance
+and a router's ties lie between them. Each token is weighted by trainer's ÷ engine's probability, as importance
 sampling asks, but by no more than a cap, so that one unlikely token does not outweigh all others (Ionides 2008; for
-rollouts Yao et al. 2025, fengyao.notion.site/off-policy-rl, whose C = 2 is the usual default).  Completions that the
+rollouts Yao et al. 2025, fengyao.notion.site/off-policy-rl, whose C = 2 is the usual default). Completions that the
 trainer finds far likelier or less likely as a whole, by the geometric mean of the ratios, can be left out
 (Liu et al. 2025, "When Speed Kills Stability").
 """

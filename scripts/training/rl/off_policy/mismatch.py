@@ -1,8 +1,8 @@
 """How far trainer and engine are apart on the tokens that were sampled, and where that is a router's doing.
 
-The two round differently, in fp32 by some 1e-5 nats.  Where a router's last chosen expert and the next one score the
+The two round differently, in fp32 by some 1e-5 nats. Where a router's last chosen expert and the next one score the
 same up to rounding, the two sides may choose differently; from that token on they are visibly apart, by 1e-4 to some
-tenths of a nat, unless the trainer replays the engine's choices (replay.py).  Such tokens are counted apart: what
+tenths of a nat, unless the trainer replays the engine's choices (replay.py). Such tokens are counted apart: what
 differs elsewhere is no rounding, but other weights, or a bug; and where choices are replayed nothing may differ here.
 """
 

@@ -1,7 +1,7 @@
 """The engine's choice of experts in the trainer's forward pass: rollout routing replay (R3, arXiv:2510.11370).
 
 Trainer and engine round differently, and where two experts score alike a router may choose differently on either side,
-which is no rounding any more.  With the choices that the engine returned in its answers the trainer computes the same
+which is no rounding any more. With the choices that the engine returned in its answers the trainer computes the same
 function: each router's scores are its own, gathered at the engine's ids and normalised over them, so that gradients
 flow through them as before.
 """

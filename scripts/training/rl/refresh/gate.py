@@ -1,9 +1,9 @@
 """Is a new drafter no worse than the serving one? A paired test over prompts, on drafter/held_out.py's exact count.
 
 Every prompt has the expected steps S and accepted drafts A of either drafter along the same answers; a drafter's
-acceptance there is A ÷ S.  With d = new − (1 − MARGIN) · serving over the prompts, Student's one-sided t-test asks
-whether d is above 0: if so, the new one is no worse than the serving one by more than the margin.  It is pushed if that
-is shown at ALPHA and its mean acceptance is higher.  Answers to one prompt are not independent; prompts are.
+acceptance there is A ÷ S. With d = new − (1 − MARGIN) · serving over the prompts, Student's one-sided t-test asks
+whether d is above 0: if so, the new one is no worse than the serving one by more than the margin. It is pushed if that
+is shown at ALPHA and its mean acceptance is higher. Answers to one prompt are not independent; prompts are.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Does a pushed drafter do in the engine what it should? Its live acceptance against the frozen drafter's expectation.
 
 The engine counts drafts and, by place, the accepted ones; along the same answers drafter/held_out.py says what the
-first drafter, which never changed, would have had.  Both give the distribution of the number n of drafts accepted in a
-step, P(n ≥ k), whence its mean Σ P(n ≥ k) and its mean square Σ (2k − 1) P(n ≥ k).  Welch's one-sided t-test asks
-whether the live mean is below (1 − MARGIN) of the frozen one.  Steps are taken as independent.  Those of one answer are
+first drafter, which never changed, would have had. Both give the distribution of the number n of drafts accepted in a
+step, P(n ≥ k), whence its mean Σ P(n ≥ k) and its mean square Σ (2k − 1) P(n ≥ k). Welch's one-sided t-test asks
+whether the live mean is below (1 − MARGIN) of the frozen one. Steps are taken as independent. Those of one answer are
 not, but both sides decode the same answers, so that what makes an answer easy is no difference between them.
 
-It is asked in every step, hence the small ALPHA.  A pushed drafter that has learned nothing, or whose weights arrived
+It is asked in every step, hence the small ALPHA. A pushed drafter that has learned nothing, or whose weights arrived
 spoilt, is some ten standard errors below; one that is as good as the first is taken back once in 10,000 steps at most.
 """
 

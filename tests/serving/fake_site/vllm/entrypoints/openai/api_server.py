@@ -4,11 +4,11 @@ It leaves children that ignore SIGTERM, one of them in a session of its own, one
 
 FAKE_VLLM picks what it does: "serve" (the default), "die" (logs as vLLM does when a worker fails, exits 1), "hang"
 (never answers), "stubborn" (serves, ignores SIGTERM); several, with commas, are those of the first start, the second,
-and so on, the last for all others.  FAKE_VLLM_PIDS names a file that gets the process ids, one per line; that of a
+and so on, the last for all others. FAKE_VLLM_PIDS names a file that gets the process ids, one per line; that of a
 start's main process begins a line in PIDS.starts.
 
 A POST to …/completions or …/messages is answered with the number of the start and what the server was given; with
-"stream" in its body by an endless stream of events.  A POST to /v1/die/HOW ends the server: "segv", "kill", "exit"
+"stream" in its body by an endless stream of events. A POST to /v1/die/HOW ends the server: "segv", "kill", "exit"
 (status 0), "core" (the process without which it cannot do); any other POST as if a worker had been killed.
 """
 
