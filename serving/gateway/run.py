@@ -22,11 +22,12 @@ from laguna_serve.serving.gateway.clients.protocol import make_protocol
 from laguna_serve.serving.gateway.clients.startup_check import UnfitServerError, check_protocol, check_uvicorn
 from laguna_serve.serving.gateway.config import Config, ConfigError
 from laguna_serve.serving.gateway.config.fixed import keep_fixed
+from laguna_serve.serving.gateway.counts.board import BoardFullError
 from laguna_serve.serving.gateway.server import OWN_STOPS, GatewayServer, WorkerServer
 from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 from laguna_serve.serving.gateway.workers.parent import Workers
-from laguna_serve.serving.gateway.workers.team import Team, count_names, open_team
+from laguna_serve.serving.gateway.workers.team import Team, open_team
 from laguna_serve.serving.machine.open_files import raise_limit
 
 # What a gateway that was asked to stop at once may take for it.
@@ -61,19 +62,23 @@ def _serve_by_workers(
     server, latest = configured.server, [listeners.config]
     check_files(configured)  # here, so that what is wrong is said once
 
-    def read() -> Config:
-        assert reload is not None
-        config = reload()
-        try:
-            config.check_workers(server.workers)
-        except ValueError as error:
-            raise ConfigError(f"{error} (at the start)") from None
-        return config
+    with open_team(server.workers, configured) as team:
 
-    def keep() -> None:
-        latest[0] = keep_fixed(listeners.config, read())
+        def read() -> Config:
+            assert reload is not None
+            config = reload()
+            try:
+                config.check_workers(server.workers)
+            except ValueError as error:
+                raise ConfigError(f"{error} (at the start)") from None
+            try:
+                team.check_room(config)
+            except BoardFullError as error:
+                raise ConfigError(str(error)) from None
+            return config
 
-    with open_team(server.workers, count_names(configured)) as team:
+        def keep() -> None:
+            latest[0] = keep_fixed(listeners.config, read())
 
         def work(worker: int, ready: Callable[[], None]) -> bool:
             mine = listeners._replace(config=latest[0], admin=listeners.admin if worker == 0 else [])

@@ -13,7 +13,7 @@ import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 SHARED, OWN = 8, 4
 # For keys, models and engines of all configurations since the start: at least so many, and so many times the first's.
@@ -63,7 +63,7 @@ class Board:
 
     def find_row(self, name: str) -> int:
         """Find where a name's row begins; the same in all processes. Raises BoardFullError."""
-        digest = hashlib.blake2b(name.encode(), digest_size=NAME_BYTES).digest()
+        digest = _digest(name)
         first = int.from_bytes(digest[:8], "little") % self._rows
         with self.locked():
             for i in range(self._rows):
@@ -74,7 +74,16 @@ class Board:
                 elif known != digest:
                     continue
                 return (begin + NAME_BYTES) // DOUBLE
-        raise BoardFullError(f"{self._rows} names of keys, models and engines since the start; start the gateway anew")
+        raise self._refuse()
+
+    def check_room(self, names: Iterable[str]) -> None:
+        """Check that there are rows for all of these names, beside those that were given. Raises BoardFullError."""
+        starts = range(0, self._rows * self._stride * DOUBLE, self._stride * DOUBLE)
+        with self.locked():
+            given = {self._memory[start : start + NAME_BYTES] for start in starts} - {bytes(NAME_BYTES)}
+        new = {_digest(name) for name in names} - given
+        if len(given) + len(new) > self._rows:
+            raise self._refuse()
 
     def find_own(self, row: int) -> int:
         """Find where this worker's numbers of a row begin."""
@@ -83,6 +92,10 @@ class Board:
     def list_others(self, row: int) -> list[int]:
         """List where the other workers' begin."""
         return [self.find_place(row, worker) for worker in range(self.workers) if worker != self.worker]
+
+    def _refuse(self) -> BoardFullError:
+        most = f"at most {self._rows} names of keys, models and engines since the start"
+        return BoardFullError(f"expected {most}, got more; start the gateway anew")
 
     @staticmethod
     def find_place(row: int, worker: int) -> int:
@@ -98,3 +111,7 @@ class Board:
                     own = self.find_place(begin + NAME_BYTES // DOUBLE, worker)
                     for j in range(own, own + OWN):
                         self.numbers[j] = 0.0
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=NAME_BYTES).digest()

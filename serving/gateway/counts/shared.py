@@ -12,6 +12,7 @@ from laguna_serve.serving.gateway.counts.backlog import Backlog
 from laguna_serve.serving.gateway.counts.bells import Bells
 from laguna_serve.serving.gateway.counts.board import Board
 from laguna_serve.serving.gateway.counts.counts import Counts
+from laguna_serve.serving.gateway.counts.rows import BACKLOG
 from laguna_serve.serving.gateway.counts.shared_holder import SharedHolder
 from laguna_serve.serving.gateway.counts.shared_pool import SharedPool
 from laguna_serve.serving.gateway.engines.pool import Pool
@@ -54,7 +55,7 @@ class SharedBacklog(Backlog):
 
     def __init__(self, most: int, board: Board) -> None:
         super().__init__(most)
-        row = board.find_row("backlog")
+        row = board.find_row(BACKLOG)
         self._board, self._place, self._others = board, board.find_own(row), board.list_others(row)
 
     @property

@@ -11,6 +11,7 @@ from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.access.limits import Bucket
 from laguna_serve.serving.gateway.config.keys import Key
 from laguna_serve.serving.gateway.counts.board import Board
+from laguna_serve.serving.gateway.counts.rows import name_key
 from laguna_serve.serving.gateway.wire.headers import Headers
 
 # Numbers of a row that all write: of the day its number (the epoch's is no day of ours) and what is used of it, of each
@@ -27,7 +28,7 @@ class SharedHolder(Holder):
     """
 
     def __init__(self, key: Key, ledger: Ledger, clock: Clock, wall: Clock, board: Board) -> None:
-        self._board, self._row = board, board.find_row(f"key {key.name}")
+        self._board, self._row = board, board.find_row(name_key(key.name))
         self._own, self._others = board.find_own(self._row), board.list_others(self._row)
         super().__init__(key, ledger, clock, wall)
 

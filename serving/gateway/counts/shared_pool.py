@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from laguna_serve.serving.gateway.config.tables import Limits, Model
 from laguna_serve.serving.gateway.counts.bells import Bells
 from laguna_serve.serving.gateway.counts.board import Board
+from laguna_serve.serving.gateway.counts.rows import name_engine, name_model
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.waiting import Ticket, WaitingLine
@@ -98,12 +99,13 @@ class SharedPool(Pool):
     that is free here, or its process may hang: it is let past for `POLITE_S`, and no longer.
     """
 
+    keeps_renamed = False  # its row on the board has its name
     _line: SharedLine
 
     def __init__(self, model: Model, limits: Limits, board: Board, bells: Bells) -> None:
         super().__init__(model, limits)
         self._board, self._bells = board, bells
-        self._line = SharedLine(board, board.find_row(f"model {model.name}"))
+        self._line = SharedLine(board, board.find_row(name_model(model.name)))
         self._rows: dict[str, int] = {}
         # The first of another process that a free slot is left to, and since when.
         self._let_past: tuple[Ticket | None, float] = (None, 0.0)
@@ -206,8 +208,7 @@ class SharedPool(Pool):
                     numbers[own] = engine.in_flight - others
 
     def _find_row(self, engine: Engine) -> int:
-        """Find the row of an engine: by its address, too, as another one may come under its name."""
-        name = f"engine {engine.name} {engine.config.url}"
+        name = name_engine(engine.name, engine.config.url)
         if (row := self._rows.get(name)) is None:
             row = self._rows[name] = self._board.find_row(name)
         return row

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -213,3 +213,20 @@ def choose(free: list[Engine], affinity: bytes | None) -> Engine:
     return min(
         free, key=lambda e: ((e.in_flight + 1) / e.config.weight if e.in_flight else 0, e.turns / e.config.weight)
     )
+
+
+def match(engines: Sequence[Engine], upstreams: Sequence[Upstream], *, renamed: bool) -> list[Engine | None]:
+    """Match a configuration's upstreams with the engines that are there: by name and URL, then by the URL alone.
+
+    Args:
+        renamed: an engine may come under another name, with its fence and its versions.
+    """
+    left = [engine for engine in engines if not engine.removed]
+    by_name = {(engine.name, engine.config.url): engine for engine in left}
+    found = [by_name.get((upstream.name, upstream.url)) for upstream in upstreams]
+    left = [engine for engine in left if renamed and engine not in found]
+    for i, upstream in enumerate(upstreams):
+        if found[i] is None and (same := next((e for e in left if e.config.url == upstream.url), None)) is not None:
+            left.remove(same)
+            found[i] = same
+    return found

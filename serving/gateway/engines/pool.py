@@ -11,9 +11,10 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from laguna_serve.serving.gateway.config.tables import Limits, Model, Upstream
-from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine, choose
+from laguna_serve.serving.gateway.engines.engine import UNVERSIONED, Engine, choose, match
 from laguna_serve.serving.gateway.engines.origin import Origin
 from laguna_serve.serving.gateway.engines.waiting import Ticket, WaitingLine
 from laguna_serve.serving.gateway.engines.weight_policy import WeightPolicy, find_latest, list_allowed
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 class Pool:
     """The engines of one model. `held`: those that were paused last; a reload may have taken some of them out."""
 
+    keeps_renamed: ClassVar[bool] = True
     model: Model
     limits: Limits
     clock: Callable[[], float] = time.monotonic
@@ -49,9 +51,9 @@ class Pool:
         self._take_limits(self.limits)
 
     def plan(self, model: Model) -> list[Engine]:
-        """Plan the engines of a configuration, changing nothing; one of the same name and URL keeps its state."""
-        known = {(engine.config.name, engine.config.url): engine for engine in self.engines if not engine.removed}
-        return [known.get((upstream.name, upstream.url)) or self._make_engine(upstream) for upstream in model.upstreams]
+        """Plan the engines of a configuration, changing nothing; one of the same URL keeps its state."""
+        known = match(self.engines, model.upstreams, renamed=self.keeps_renamed)
+        return [engine or self._make_engine(of) for engine, of in zip(known, model.upstreams, strict=True)]
 
     def configure(self, model: Model, limits: Limits, engines: list[Engine] | None = None) -> None:
         """Take a configuration, with the engines that `plan` made for it; those who wait look again."""

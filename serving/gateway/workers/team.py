@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.counts.bells import Bells
 from laguna_serve.serving.gateway.counts.board import Board, find_rows
+from laguna_serve.serving.gateway.counts.rows import list_rows
 from laguna_serve.serving.gateway.counts.shared import SharedCounts
 from laguna_serve.serving.gateway.workers.peers import Answers, Peers
 
@@ -29,6 +30,10 @@ class Team:
     def size(self) -> int:
         """How many workers there are."""
         return self.board.workers
+
+    def check_room(self, config: Config) -> None:
+        """Check that there is room to count for a configuration. Raises BoardFullError."""
+        self.board.check_room(list_rows(config))
 
     def join(self, worker: int) -> None:
         """Be one of them, in a process that was forked for it."""
@@ -57,16 +62,11 @@ async def _look_now_and_then(look: Callable[[], None]) -> None:
         look()
 
 
-def count_names(config: Config) -> int:
-    """Count what has a row of the board: models, their engines, and keys."""
-    return len(config.all_keys) + sum(1 + len(model.upstreams) for model in config.models)
-
-
 @contextlib.contextmanager
-def open_team(workers: int, names: int) -> Iterator[Team]:
-    """Open what so many workers share, for as long as the block runs; `names` are counted from its start."""
+def open_team(workers: int, config: Config) -> Iterator[Team]:
+    """Open what so many workers share, for as long as the block runs, with room for the configuration and others."""
     with (
-        contextlib.closing(Board(workers, find_rows(names))) as board,
+        contextlib.closing(Board(workers, find_rows(len(list_rows(config))))) as board,
         contextlib.closing(Bells(workers)) as bells,
         contextlib.closing(Peers(workers)) as peers,
     ):

@@ -15,10 +15,11 @@ from laguna_serve.serving.gateway.access.keyring import Keyring
 from laguna_serve.serving.gateway.access.ledger import Ledger
 from laguna_serve.serving.gateway.config import Config, parse_config, tables
 from laguna_serve.serving.gateway.config.keys import Key
-from laguna_serve.serving.gateway.counts.board import ROWS
+from laguna_serve.serving.gateway.counts.board import ROWS, BoardFullError
+from laguna_serve.serving.gateway.counts.rows import list_rows
 from laguna_serve.serving.gateway.telemetry import metrics
 from laguna_serve.serving.gateway.wire.errors import GatewayError
-from laguna_serve.serving.gateway.workers.team import count_names, open_team
+from laguna_serve.serving.gateway.workers.team import open_team
 
 PATH = "/v1/completions"
 
@@ -127,8 +128,15 @@ def test_long_texts_are_written_beside_the_streams(
 @pytest.mark.parametrize("keys", [10, ROWS + 1])
 def test_workers_have_room_for_every_name_and_for_more(keys: int) -> None:
     config = make_config([{"name": "e", "url": "http://h:1"}], keys)
-    assert count_names(config) == keys + 2
-    with open_team(2, count_names(config)) as team:
-        rows = {team.board.find_row(f"key {i}") for i in range(keys)}
-        assert len(rows) == keys
-        assert len({team.board.find_row(f"later {i}") for i in range(ROWS // 4)} | rows) == keys + ROWS // 4
+    names = list_rows(config)
+    assert len(names) == keys + 3
+    with open_team(2, config) as team:
+        team.check_room(config)
+        rows = {team.board.find_row(name) for name in names}
+        assert len(rows) == keys + 3
+        assert len({team.board.find_row(f"later {i}") for i in range(ROWS // 4)} | rows) == keys + 3 + ROWS // 4
+        team.check_room(config)
+        with pytest.raises(
+            BoardFullError, match=r"expected at most \d+ names of keys, models and engines since the st"
+        ):
+            team.check_room(make_config([{"name": "e", "url": "http://h:1"}], 4 * (keys + ROWS)))

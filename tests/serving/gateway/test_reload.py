@@ -152,6 +152,25 @@ def test_request_is_sent_to_the_engine_that_a_reload_brings_while_it_connects(mo
     asyncio.run(test())
 
 
+def test_engine_under_another_name_is_the_same_one() -> None:
+    """Its fence stays, above all: its weights are what half an update left."""
+
+    def make(**names: str) -> Model:
+        return Model(name="m", upstreams=tuple(Upstreamed(name=name, url=f"http://{h}:1") for name, h in names.items()))
+
+    pool = Pool(make(a="one", b="two"), Limits())
+    pool.configure(pool.model, pool.limits)
+    first, second = pool.engines
+    second.fence("an update of its weights failed half-way")
+    pool.configure(make(b2="two", a="one"), pool.limits)
+    assert pool.engines == [second, first]
+    assert (second.name, second.fenced) == ("b2", "an update of its weights failed half-way")
+    pool.configure(make(b2="three", a="two", c="two"), pool.limits)
+    assert first.removed
+    assert second in pool.engines[1:]
+    assert [engine.fenced is not None for engine in pool.engines] == [False, True, False]
+
+
 def test_what_needs_a_restart_is_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"), Upstream() as engine, gateway(engine) as front:
         front.server._configured = front.relay.config

@@ -23,6 +23,7 @@ import pytest
 from gateway_fakes import Exchange, Reply, Upstream, make_request, read_reply, wait_until
 
 from laguna_serve.serving.gateway.config import ConfigError, parse_config
+from laguna_serve.serving.gateway.counts.board import ROWS
 from laguna_serve.serving.gateway.traces.store import TraceFile
 
 CHAT, BODY = "/v1/chat/completions", b'{"model": "m", "max_tokens": 8}'
@@ -345,7 +346,9 @@ def test_reload_reaches_all_or_none(path: Path, engine: Engine) -> None:
     engine.gate.set()
     with start(path, engine, requests_per_minute=1000) as front:
         log = path.parent / "log"
-        refused = ("nonsense = 1", 'models = [{name = "m", engine = {model = "x"}}]')
+        keys = (f'[[keys]]\nname = "k{i}"\nsha256 = "{i:064x}"\n' for i in range(ROWS + 1))
+        more = path.read_text() + "\n" + "".join(keys)  # than are counted
+        refused = ("nonsense = 1", 'models = [{name = "m", engine = {model = "x"}}]', more)
         for number, text in enumerate(refused, start=1):
             path.write_text(text)
             front.process.send_signal(signal.SIGHUP)
