@@ -80,6 +80,7 @@ ROOMS = {
         "traces",
         "clients",
         "workers",
+        "admin",
     ),
     "scripts": ("text", "checkpoints", "training", "clients", "frontier", "insights", "grpo_arms", "dante"),
 }

@@ -13,6 +13,8 @@ from fastapi import FastAPI, Request, Response
 
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.access.ledger import Ledger
+from laguna_serve.serving.gateway.admin.services import Services, find_services
+from laguna_serve.serving.gateway.admin.status import list_answers
 from laguna_serve.serving.gateway.clients.asgi import RelayApp
 from laguna_serve.serving.gateway.config import Config
 from laguna_serve.serving.gateway.config.telemetry import Traces, Tracing
@@ -21,8 +23,6 @@ from laguna_serve.serving.gateway.engines.catalog import Catalog
 from laguna_serve.serving.gateway.engines.health import check_forever
 from laguna_serve.serving.gateway.relay.relay import Relay
 from laguna_serve.serving.gateway.relay.shadow import Shadows
-from laguna_serve.serving.gateway.services import Services, find_services
-from laguna_serve.serving.gateway.status import list_answers
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
 from laguna_serve.serving.gateway.telemetry.copies import Copies
 from laguna_serve.serving.gateway.telemetry.exposition import merge, read_metrics

@@ -15,7 +15,8 @@ from fastapi import FastAPI
 
 from laguna_serve.serving.engine import EngineError
 from laguna_serve.serving.gateway.addresses import Listeners, find_url, open_listeners
-from laguna_serve.serving.gateway.admin import create_admin_app
+from laguna_serve.serving.gateway.admin.app import create_admin_app
+from laguna_serve.serving.gateway.admin.services import find_services
 from laguna_serve.serving.gateway.app import OWN_PATHS, check_files, create_app
 from laguna_serve.serving.gateway.clients.admin_http import make_admin_protocol
 from laguna_serve.serving.gateway.clients.protocol import make_protocol
@@ -24,7 +25,6 @@ from laguna_serve.serving.gateway.config import Config, ConfigError
 from laguna_serve.serving.gateway.config.fixed import keep_fixed
 from laguna_serve.serving.gateway.counts.board import BoardFullError
 from laguna_serve.serving.gateway.server import OWN_STOPS, GatewayServer, WorkerServer
-from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.event_log import set_up_logging
 from laguna_serve.serving.gateway.workers.parent import Workers
 from laguna_serve.serving.gateway.workers.team import Team, open_team

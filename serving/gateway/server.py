@@ -17,11 +17,11 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from laguna_serve.serving.gateway.admin.services import find_services
 from laguna_serve.serving.gateway.config import Config, ConfigError
 from laguna_serve.serving.gateway.config.fixed import list_fixed_changes
 from laguna_serve.serving.gateway.config.listening import Server
 from laguna_serve.serving.gateway.relay.relay import Relay
-from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.wire.failures import LOCAL_SHORTAGE
 from laguna_serve.serving.kit.results import JsonObject
 

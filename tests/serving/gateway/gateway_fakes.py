@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 import uvicorn
 
 from laguna_serve.serving.gateway.addresses import open_listeners
+from laguna_serve.serving.gateway.admin.services import find_services
 from laguna_serve.serving.gateway.app import create_app
 from laguna_serve.serving.gateway.config import parse_config
 from laguna_serve.serving.gateway.run import make_admin_settings, make_settings
 from laguna_serve.serving.gateway.server import GatewayServer
-from laguna_serve.serving.gateway.services import find_services
 from laguna_serve.serving.gateway.telemetry.access_log import AccessLog
 
 Handler = Callable[["Exchange"], Awaitable[None]]

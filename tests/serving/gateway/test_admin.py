@@ -17,7 +17,7 @@ import pytest
 from gateway_engine import FINISH, VERSION, RlEngine
 from gateway_fakes import SSE, Exchange, Gateway, Reply, gateway, make_request, read_reply, wait_until
 
-from laguna_serve.serving.gateway import admin
+from laguna_serve.serving.gateway.admin import status as status_page
 
 PATH = "/v1/completions"
 BODY = json.dumps({"model": "m", "prompt": "x", "stream": True}).encode()
@@ -459,7 +459,7 @@ def test_errors_have_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(*_: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(admin, "describe", fail)
+    monkeypatch.setattr(status_page, "describe", fail)
     cases = [
         ("POST", "/resume?model=none", 404, "The model 'none' does not exist"),
         ("GET", "/nowhere", 404, "There is no route GET /nowhere."),

@@ -21,13 +21,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, FastAPI, HTTPException, Response
 
+from laguna_serve.serving.gateway.admin.services import Services
 from laguna_serve.serving.gateway.clients.asgi import Receive, RelayApp, Scope, Send
 from laguna_serve.serving.gateway.config.endpoint import TOKEN
 from laguna_serve.serving.gateway.engines.pool import Pool
 from laguna_serve.serving.gateway.engines.transfer import Transfer, name_next
 from laguna_serve.serving.gateway.engines.update import PauseMode, RefusedError, StepError, UpdateRequest, Version
 from laguna_serve.serving.gateway.engines.weights import RESET, WeightGroup
-from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.kit.results import JsonObject
 
 PREFIX = "/trl"

@@ -1,4 +1,4 @@
-"""What a gateway consists of once its application has started."""
+"""What a gateway consists of once its application has started: all that the admin port looks into."""
 
 from __future__ import annotations
 

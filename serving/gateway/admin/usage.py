@@ -12,7 +12,7 @@ from fastapi import APIRouter
 
 from laguna_serve.serving.gateway.access.holder import Holder
 from laguna_serve.serving.gateway.access.keyring import Keyring
-from laguna_serve.serving.gateway.services import Services
+from laguna_serve.serving.gateway.admin.services import Services
 from laguna_serve.serving.gateway.workers.merging import add_up_tallies
 from laguna_serve.serving.gateway.workers.peers import Peers
 from laguna_serve.serving.kit.results import JsonObject

@@ -1,19 +1,23 @@
-"""What the gateway is doing, for the admin port."""
+"""What the gateway is doing, for the admin port: as JSON, and as a page."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.resources
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import jinja2
 import msgspec
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse
 
 from laguna_serve.serving.gateway.access.holder import Holder
-from laguna_serve.serving.gateway.admin_models import describe_model
-from laguna_serve.serving.gateway.admin_usage import describe_use
+from laguna_serve.serving.gateway.admin.models import describe_model
+from laguna_serve.serving.gateway.admin.services import Services
+from laguna_serve.serving.gateway.admin.usage import describe_use
 from laguna_serve.serving.gateway.engines.engine import Engine
 from laguna_serve.serving.gateway.relay.relay import Relay
-from laguna_serve.serving.gateway.services import Services
 from laguna_serve.serving.gateway.telemetry.exposition import ACCEPTED, DRAFTS, TOKENS, read_metrics, sum_samples
 from laguna_serve.serving.gateway.telemetry.metrics import Metrics
 from laguna_serve.serving.gateway.workers.merging import add_up_status
@@ -23,6 +27,27 @@ from laguna_serve.serving.kit.results import JsonObject
 # Speeds are over the time since the last look, where that is not longer ago.
 MOST_AGE_S = 60.0
 NO_SPEEDS: Mapping[str, float | None] = {"tok_per_s": None, "acceptance_length": None}
+
+
+def make_router(find: Callable[[], Services]) -> APIRouter:
+    """Make the routes; `find` gives the gateway's parts once it has started."""
+    router = APIRouter()
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = importlib.resources.files(__package__).joinpath("status.html.j2").read_text(encoding="utf-8")
+    template = environment.from_string(page)
+
+    @router.get("/admin/status")
+    async def status() -> JsonObject:
+        """Engines, load, acceptance, speed, weights and the last errors."""
+        return await describe(find(), time.monotonic())
+
+    @router.get("/", response_class=HTMLResponse)
+    async def show() -> str:
+        """Show the same as a page."""
+        found = await describe(find(), time.monotonic())
+        return await asyncio.to_thread(template.render, status=found)  # of thousands of keys 0.2 s
+
+    return router
 
 
 async def describe(services: Services, now: float) -> JsonObject:
