@@ -5,7 +5,10 @@ Without an import of torch: the launcher asks here, too (serving/machine).
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import platform
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,20 +16,23 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 # Holds this project's own kernels to a path; anything but these also says that bf16 arithmetic is not to be used.
 VARIABLE = "LAGUNA_CPU_ISA"
-BF16 = ("avx512bf16", "amx", "neonbf16")
+TILES = "amx"
+BF16 = ("avx512bf16", TILES, "neonbf16")
 # `vllm`: linear layers and whole experts are multiplied by what vLLM has for them.
 KERNELS_VARIABLE = "LAGUNA_CPU_KERNELS"
 VLLM = "vllm"
 AVX512 = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"))
 # Of kernels/linear, best first, with the instructions (as /proc/cpuinfo calls them) that each needs.
 PATHS: dict[str, frozenset[str]] = {
+    TILES: AVX512 | {"avx512_bf16", "amx_bf16", "amx_tile"},
     BF16[0]: AVX512 | {"avx512_bf16"},
     "avx512": AVX512,
     "avx2": frozenset(("avx2", "fma")),
     "neon": frozenset(("asimd",)),
     "portable": frozenset(),
 }
-X86 = (BF16[0], "avx512", "avx2")
+X86 = (TILES, BF16[0], "avx512", "avx2")
+AMX = frozenset(("amx_bf16", "amx_tile", "amx_int8", "amx_fp16", "amx_fp8", "amx_complex"))
 # Instructions that multiply in bfloat16; `bf16` is ARM's.
 BF16_ARITHMETIC = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 INTEL = "GenuineIntel"
@@ -34,10 +40,25 @@ INTEL = "GenuineIntel"
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 WITHOUT_AVX512 = frozenset(("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "DEFAULT"))
 WITHOUT_BF16 = WITHOUT_AVX512 | {"AVX512_CORE", "AVX512_CORE_VNNI"}
+WITHOUT_AMX = WITHOUT_BF16 | {"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"}
+# Of Linux: a process asks for the registers of tiles before it, or a thread of it, uses one.
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 
 
 class IsaError(ValueError):
     """A path that there is not, or that the processor does not run, or a variable's wrong value; one line."""
+
+
+@functools.cache
+def ask_for_tiles() -> bool:
+    """Ask Linux for AMX's registers, for all of this process; whether it may use them.
+
+    A process that was not given them dies of an illegal instruction at its first tile. oneDNN asks for itself; vLLM's
+    own kernels (attention, small matrices, experts) do not, and have them only where oneDNN came first.
+    """
+    if platform.machine() != "x86_64" or "amx_tile" not in read_flags():
+        return False
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
 
 
 def read_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
@@ -68,8 +89,8 @@ def multiplies_bf16(flags: Collection[str] | None = None, environ: Mapping[str, 
     asked = environ.get(VARIABLE)
     if (asked or BF16[0]) not in BF16 or _limits(environ) & WITHOUT_BF16:
         return False
-    present = read_flags() if flags is None else flags
-    return bool(BF16_ARITHMETIC & set(present)) and (bool(asked) or not has_slow_bf16(present))
+    present = _find_usable(flags, environ)
+    return bool(BF16_ARITHMETIC & present) and (bool(asked) or not has_slow_bf16(present))
 
 
 def choose_path(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> str:
@@ -78,7 +99,7 @@ def choose_path(flags: Collection[str] | None = None, environ: Mapping[str, str]
     Raises:
         IsaError: it names none, or one whose instructions the processor lacks.
     """
-    present = set(read_flags() if flags is None else flags)
+    present = _find_usable(flags, environ)
     wanted, known = environ.get(VARIABLE), dict.fromkeys((*BF16, *PATHS))
     if wanted and wanted not in known:
         raise IsaError(f"{VARIABLE}: expected {', '.join(known)}, got {wanted!r}; correct or unset it")
@@ -95,17 +116,14 @@ def choose_path(flags: Collection[str] | None = None, environ: Mapping[str, str]
 def uses_linear_op(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether linear layers in bfloat16 run in kernels/linear, and not in what vLLM has for them.
 
-    That is the better one where instructions multiply whole matrices (AMX, ARM's bf16), or LAGUNA_CPU_KERNELS=vllm.
+    That is the better one with ARM's bf16, or LAGUNA_CPU_KERNELS=vllm.
 
     Raises:
         IsaError: a variable has a value that it cannot have.
     """
     if (wanted := environ.get(KERNELS_VARIABLE, "")).lower() not in ("", VLLM):
         raise IsaError(f"{KERNELS_VARIABLE}: expected {VLLM} or nothing, got {wanted!r}; correct or unset it")
-    present = read_flags() if flags is None else flags
-    own = not multiplies_bf16(present, environ) or (
-        "amx_bf16" not in present and choose_path(present, environ) == BF16[0]
-    )
+    own = not multiplies_bf16(flags, environ) or choose_path(flags, environ) in (TILES, BF16[0])
     return own and not wanted
 
 
@@ -118,6 +136,15 @@ def uses_own_experts(flags: Collection[str] | None = None, environ: Mapping[str,
         IsaError: a variable has a value that it cannot have.
     """
     return uses_linear_op(flags, environ) and choose_path(flags, environ) in X86
+
+
+def _find_usable(flags: Collection[str] | None, environ: Mapping[str, str]) -> frozenset[str]:
+    """Find what may be used of the processor's instructions: AMX, if it is given to this process, and not limited."""
+    if flags is None:
+        flags = read_flags()
+        if not ask_for_tiles():
+            flags -= AMX
+    return frozenset(flags) - (AMX if _limits(environ) & WITHOUT_AMX else frozenset())
 
 
 def _limits(environ: Mapping[str, str]) -> set[str]:

@@ -69,15 +69,16 @@ def keep_library(name: str, compile_to: Callable[[Path], object]) -> Path:
     return library
 
 
-def keep_compiled(name: str, source: Path, flags: Sequence[str], *libraries: str) -> Path:
-    """Keep a library that is made of one file, under a name that changes with file, compiler, flags and torch.
+def keep_compiled(name: str, source: Path, flags: Sequence[str], *libraries: str, headers: Sequence[Path] = ()) -> Path:
+    """Keep a library that is made of one file, under a name that changes with files, compiler, flags and torch.
 
     Raises:
         BuildError: no compiler, or it failed.
         OSError: neither the cache nor a temporary folder can be written.
     """
     compiler = find_compiler()
-    parts = (source.read_text(encoding="utf-8"), *compiler.command, compiler.version, *flags, platform.machine())
+    texts = [file.read_text(encoding="utf-8") for file in (source, *headers)]
+    parts = (*texts, *compiler.command, compiler.version, *flags, platform.machine())
     key = hashlib.sha256("\n".join((*parts, metadata.version("torch"))).encode()).hexdigest()[:16]
 
     def compile_to(made: Path) -> None:

@@ -65,6 +65,7 @@ def register() -> None:
 
     repair_front_end()
     if current_platform.is_cpu():
+        from laguna_serve.kernels.isa import ask_for_tiles
         from laguna_serve.plugins.cpu_linear import accelerate_linear
         from laguna_serve.plugins.processes.core import fork_core
         from laguna_serve.plugins.processes.groups import share_devices
@@ -75,6 +76,7 @@ def register() -> None:
             from laguna_serve.plugins.adaptive.counters import publish_counters
 
             publish_counters()
+        ask_for_tiles()
         fork_core()
         give_room()
         inspect_here()

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from laguna_serve.kernels.isa import ask_for_tiles
 from laguna_serve.kernels.sentinel_moe import cpu, sentinel_moe, sentinel_moe_reference
 from laguna_serve.kernels.sentinel_moe.reference import SCALED_COLUMNS
 from laguna_serve.plugins.pruning import rank_groups
@@ -217,7 +218,7 @@ def make_stock(layer: Layer, shape: Shape) -> Callable[[Batch], torch.Tensor]:
     if shape.device.type == "cpu":
         from vllm import _custom_ops as ops
 
-        isa = "amx" if shape.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
+        isa = "amx" if shape.dtype == torch.bfloat16 and ask_for_tiles() else "vec"
         w13, w2 = ops.cpu_prepack_moe_weight(w13, isa), ops.cpu_prepack_moe_weight(w2, isa)
 
         def run_cpu(batch: Batch) -> torch.Tensor:

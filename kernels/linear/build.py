@@ -15,18 +15,20 @@ from typing import Any
 
 import torch
 
-from laguna_serve.kernels.isa import choose_path
+from laguna_serve.kernels.isa import TILES, choose_path
 from laguna_serve.kernels.toolchain import BuildError, keep_compiled
 
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("native")
+TILES_HEADER = Path(__file__).parents[1] / "native" / "amx.hpp"
 # Strict floating point, fused where the source says so: a row's bits may not depend on how a compiler regroups a sum.
 SHARED = ("-std=c++17", "-fPIC", "-shared")
 FLAGS = ("-O3", *SHARED, "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi")
 OP_FLAGS = ("-O1", *SHARED, "-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma")
 PATH_FLAGS = {
+    "amx": (*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "avx512bf16": (*AVX512_FLAGS, "-mavx512bf16"),
     "avx512": AVX512_FLAGS,
     "avx2": ("-mavx2", "-mfma"),
@@ -84,13 +86,19 @@ def open_library(library: Path) -> Callable[..., int]:
 
 
 def build(path: str) -> Path:
-    """Compile product.cpp for a path unless the cache has it.
+    """Compile the product for a path, which of AMX is a file of its own, unless the cache has it.
 
     Raises:
         BuildError: no compiler, or it failed.
         OSError: neither the cache nor a temporary folder can be written.
     """
-    return keep_compiled(f"linear-{path}", SOURCES / "product.cpp", (*FLAGS, *PATH_FLAGS[path]))
+    headers = (TILES_HEADER,) if path == TILES else ()
+    return keep_compiled(f"linear-{path}", find_source(path), (*FLAGS, *PATH_FLAGS[path]), headers=headers)
+
+
+def find_source(path: str) -> Path:
+    """Find what a path is compiled from."""
+    return SOURCES / ("tiles.cpp" if path == TILES else "product.cpp")
 
 
 def build_op() -> Path:

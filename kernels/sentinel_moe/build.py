@@ -21,6 +21,7 @@ import torch
 from laguna_serve.kernels.toolchain import BuildError, Compiler, find_compiler, keep_library, run_compiler
 
 SOURCES = Path(__file__).with_name("native")
+SHARED = Path(__file__).parents[1] / "native"
 # Strict floating point: a row's bits may not depend on how the compiler regroups or contracts a sum.
 STRICT = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*STRICT, "-fPIC", "-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000")
@@ -67,7 +68,8 @@ def name_prebuilt() -> str:
 
 
 def _read_sources() -> list[str]:
-    paths = (path for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".hpp"))
+    files = (*sorted(SOURCES.iterdir()), *sorted(SHARED.iterdir()))
+    paths = (path for path in files if path.suffix in (".cpp", ".hpp"))
     return [path.read_text(encoding="utf-8") for path in paths]
 
 

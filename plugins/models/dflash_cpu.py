@@ -73,11 +73,14 @@ def fold(matrices: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 def keep_product(model: Any, weight: torch.Tensor) -> None:
     """Make a model multiply with a matrix [N, K] as its linear layers do; again for its new values.
 
-    It is a module, so that new weights reach it and digests count it (plugins/staging.py, weight_digests.py).
+    It is a module, so that new weights reach it and digests count it (plugins/staging.py, weight_digests.py). vLLM may
+    widen a layer's bias where it packs a matrix, so that the module has a bias of its own.
     """
     if not hasattr(model, "context_product"):
         model.context_product = nn.Module()
     model.context_product.weight = weight
+    bias = model._fused_kv_bias
+    model.context_product.bias = None if bias is None else bias.clone()
     utils.dispatch_cpu_unquantized_gemm(model.context_product, remove_weight=False)
 
 
@@ -89,7 +92,7 @@ def project_context(self: Any, context_states: torch.Tensor) -> tuple[torch.Tens
         return kv
     product, (rows, layers, heads, size) = self.context_product, shape
     normed = normalize(context_states, self._context_norm_weight, self._rms_norm_eps)
-    flat = product.cpu_linear(normed, product.weight, self._fused_kv_bias)
+    flat = product.cpu_linear(normed, product.weight, product.bias)
     keys, values = flat.view(rows, layers, 2, heads, size).permute(2, 1, 0, 3, 4)
     return keys, values
 

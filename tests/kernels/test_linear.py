@@ -15,6 +15,7 @@ from laguna_serve.kernels.isa import IsaError, choose_path, multiplies_bf16, use
 from laguna_serve.kernels.linear import build, launch, linear, linear_reference
 
 ZEN4 = {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
+SAPPHIRE_RAPIDS = ZEN4 | {"GenuineIntel", "amx_bf16", "amx_tile"}
 SKYLAKE = ZEN4 - {"avx512_bf16"}
 HASWELL = {"avx2", "fma"}
 HERE = isa.read_flags()
@@ -188,14 +189,18 @@ def test_bad_arguments(change: dict[str, torch.Tensor], error: type[Exception], 
         (ZEN4, {"LAGUNA_CPU_ISA": "avx512"}, False, "avx512", True),
         (ZEN4, {"LAGUNA_CPU_ISA": "portable"}, False, "portable", True),
         (ZEN4, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512bf16", True),
-        (ZEN4, {"LAGUNA_CPU_ISA": "amx"}, True, "avx512bf16", True),
         (ZEN4, {"LAGUNA_CPU_ISA": ""}, True, "avx512bf16", True),
         (ZEN4, {"LAGUNA_CPU_KERNELS": "vLLM"}, True, "avx512bf16", False),
         (HASWELL, {"LAGUNA_CPU_KERNELS": "vllm"}, False, "avx2", False),
         (HASWELL | {"avx512f", "amx_bf16"}, {}, True, "avx2", False),
         (ZEN4 | {"GenuineIntel"}, {}, False, "avx512", True),
         (ZEN4 | {"GenuineIntel"}, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512bf16", True),
-        (ZEN4 | {"GenuineIntel", "amx_bf16"}, {}, True, "avx512bf16", False),
+        (SAPPHIRE_RAPIDS, {}, True, "amx", True),
+        (SAPPHIRE_RAPIDS, {"LAGUNA_CPU_ISA": "amx"}, True, "amx", True),
+        (SAPPHIRE_RAPIDS, {"LAGUNA_CPU_ISA": "avx512bf16"}, True, "avx512bf16", True),
+        (SAPPHIRE_RAPIDS, {"LAGUNA_CPU_KERNELS": "vllm"}, True, "amx", False),
+        (SAPPHIRE_RAPIDS, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True, "amx", True),
+        (SAPPHIRE_RAPIDS, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}, False, "avx512", True),
         (ZEN4 | {"AuthenticAMD"}, {}, True, "avx512bf16", True),
         (SKYLAKE | {"GenuineIntel"}, {}, False, "avx512", True),
         (HASWELL, {"ATEN_CPU_CAPABILITY": "default"}, False, "avx2", True),

@@ -17,7 +17,7 @@ def main(model: str, prompts_file: str) -> None:
     from vllm import LLM, SamplingParams
     from vllm.model_executor.layers import utils
 
-    stock = make_layer(torch.bfloat16)
+    stock = make_layer(torch.bfloat16, size=1024)
     utils.dispatch_cpu_unquantized_gemm(stock, remove_weight=True)
     report: dict[str, Any] = {"stock_keeps_the_weight": stock.weight.numel() > 0}
 
@@ -43,10 +43,10 @@ def main(model: str, prompts_file: str) -> None:
     print("\n" + json.dumps(report))
 
 
-def make_layer(dtype: Any) -> Any:
+def make_layer(dtype: Any, size: int = 64) -> Any:
     import torch
 
-    layer = torch.nn.Linear(64, 32, bias=False, dtype=dtype)
+    layer = torch.nn.Linear(size, size, bias=False, dtype=dtype)
     layer.weight.requires_grad_(False)
     return layer
 

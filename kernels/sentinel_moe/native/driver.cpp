@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t CHUNK = 4096;            // tokens whose scratch is held at once
 constexpr int64_t FEW = 4;                 // tokens of an expert, on average, up to which a thread takes a block
+constexpr int64_t TASKS = 8;               // tasks of a worker, at least, where there are as many blocks
 constexpr int64_t KEPT_BYTES = 64 << 20;   // scratch that is kept for the next call
 constexpr int64_t LINE = 64;
 constexpr int64_t SIZES[DTYPES] = {4, 2, 2};
@@ -76,8 +77,9 @@ void share(const Team& team, int64_t tasks, F work) {
 
 struct Task {
   int32_t chosen;  // index of the expert among the chosen
-  int32_t number;  // of the block within it
+  int32_t number;  // of the first block within it
   int64_t place;   // of its first activation or partial row
+  int64_t blocks;
 };
 
 // One batch of at most CHUNK tokens.
@@ -96,7 +98,7 @@ class Batch {
 
   void run() {
     const int64_t pairs = static_cast<int64_t>(pairs_.tokens.size()), chosen = static_cast<int64_t>(pairs_.experts.size());
-    pairs <= FEW * chosen ? run_by_blocks() : run_by_columns();
+    kernels_.span == 0 && pairs <= FEW * chosen ? run_by_blocks() : run_by_columns();
   }
 
  private:
@@ -116,11 +118,11 @@ class Batch {
     return memory + x_bytes_;
   }
 
-  Block describe(int64_t chosen, int64_t number, void* act, int64_t act_stride, void* own) const {
-    const int64_t bytes = call_.B * call_.H * size_of_weight(call_), scales = call_.B * groups_, block = find_start(chosen) + number;
+  Block describe(const Task& task, void* act, int64_t act_stride, void* own) const {
+    const int64_t bytes = call_.B * call_.H * size_of_weight(call_), scales = call_.B * groups_, block = find_start(task.chosen) + task.number;
     const char* gate = static_cast<const char*>(call_.w13) + block * 2 * bytes;
-    const int64_t first = pairs_.first[chosen];
-    Block described = {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, nullptr, nullptr, nullptr, call_.H, call_.B, count_pairs(chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, own, nullptr};
+    const int64_t first = pairs_.first[task.chosen];
+    Block described = {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, nullptr, nullptr, nullptr, call_.H, call_.B, count_pairs(task.chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, own, nullptr, task.blocks};
     if (call_.w13_scales != nullptr) {
       described.gate_scales = call_.w13_scales + block * 2 * scales;
       described.up_scales = described.gate_scales + scales;
@@ -135,7 +137,7 @@ class Batch {
     int64_t partials = 0;
     for (size_t i = 0; i < pairs_.experts.size(); ++i) {
       const int64_t width = count_blocks(i);
-      for (int64_t b = 0; b < width; ++b, partials += count_pairs(i)) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), partials});
+      for (int64_t b = 0; b < width; ++b, partials += count_pairs(i)) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), partials, 1});
       for (int64_t pair = pairs_.first[i]; pair < pairs_.first[i + 1]; ++pair) first[pairs_.tokens[pair] + 1] += width;
     }
     for (int64_t t = 0; t < call_.T; ++t) first[t + 1] += first[t];
@@ -152,11 +154,8 @@ class Batch {
     share(team_, tasks.size(), [&](int64_t number, int64_t worker) {
       const Task& task = tasks[number];
       char* own = acts + worker * own_bytes;
-      Block block = describe(task.chosen, task.number, own, call_.B, own + act_bytes);
-      if (number + threads_ < static_cast<int64_t>(tasks.size())) {
-        const Task& next = tasks[number + threads_];
-        block.next = describe(next.chosen, next.number, nullptr, 0, nullptr).gate;
-      }
+      Block block = describe(task, own, call_.B, own + act_bytes);
+      if (number + threads_ < static_cast<int64_t>(tasks.size())) block.next = describe(tasks[number + threads_], nullptr, 0, nullptr).gate;
       kernels_.activate(block);
       kernels_.add_rows(block, sums + task.place * stride_, stride_);
     });
@@ -169,32 +168,60 @@ class Batch {
     });
   }
 
-  void run_by_columns() {
+  // The chosen experts' blocks, at most `most` of one expert together; `places`: of their first activations.
+  std::vector<Task> list_tasks(int64_t most, const std::vector<int64_t>& places) const {
     std::vector<Task> tasks;
-    int64_t acts = 0;
     for (size_t i = 0; i < pairs_.experts.size(); ++i) {
       const int64_t width = count_blocks(i);
-      for (int64_t b = 0; b < width; ++b) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), acts});
-      acts += width * call_.B * count_pairs(i);
+      for (int64_t b = 0; b < width; b += most) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), places[i], std::min(most, width - b)});
+    }
+    return tasks;
+  }
+
+  // How far the activations of a token are apart.
+  int64_t find_act_stride(int64_t chosen) const { return round_up(count_blocks(chosen) * call_.B, kernels_.span == 0 ? 1 : 32); }
+
+  void run_by_columns() {
+    std::vector<int64_t> places;
+    int64_t acts = 0, blocks = 0;
+    for (size_t i = 0; i < pairs_.experts.size(); ++i) {
+      places.push_back(acts);
+      acts += find_act_stride(i) * round_up(count_pairs(i), kernels_.span == 0 ? 1 : 16);
+      blocks += count_blocks(i);
     }
     const int64_t sums_bytes = call_.T * stride_ * sizeof(float), act_bytes = round_up(acts * kernels_.act_size, LINE);
     char* memory = reserve(sums_bytes + act_bytes + threads_ * scratch_bytes_);
     float* sums = reinterpret_cast<float*>(memory);
     char* act = memory + sums_bytes;
     const auto describe_task = [&](const Task& task, int64_t worker) {
-      const int64_t stride = count_blocks(task.chosen) * call_.B;
       void* own = act + act_bytes + worker * scratch_bytes_;
-      return describe(task.chosen, task.number, act + (task.place + task.number * call_.B) * kernels_.act_size, stride, own);
+      return describe(task, act + (task.place + task.number * call_.B) * kernels_.act_size, find_act_stride(task.chosen), own);
     };
+    for (size_t i = 0; i < places.size(); ++i) {
+      const int64_t stride = find_act_stride(i), atoms = count_blocks(i) * call_.B;
+      for (int64_t row = 0; atoms < stride && row < round_up(count_pairs(i), 16); ++row) {
+        std::memset(act + (places[i] + row * stride + atoms) * kernels_.act_size, 0, (stride - atoms) * kernels_.act_size);
+      }
+    }
     std::vector<float*> rows(pairs_.tokens.size());
     for (size_t i = 0; i < rows.size(); ++i) rows[i] = sums + pairs_.tokens[i] * stride_;
-    share(team_, tasks.size(), [&](int64_t number, int64_t worker) { kernels_.activate(describe_task(tasks[number], worker)); });
+    // Several blocks share what is made of x, as long as every worker has some tasks.
+    const int64_t shared = kernels_.span == 0 ? 1 : std::max<int64_t>(1, blocks / (TASKS * threads_));
+    const std::vector<Task> activated = list_tasks(shared, places);
+    share(team_, activated.size(), [&](int64_t number, int64_t worker) {
+      Block block = describe_task(activated[number], worker);
+      if (number + threads_ < static_cast<int64_t>(activated.size())) block.next = describe_task(activated[number + threads_], worker).gate;
+      kernels_.activate(block);
+    });
+    const std::vector<Task> added = list_tasks(std::max<int64_t>(1, kernels_.span / call_.B), places);
     const int64_t columns = kernels_.columns, tiles = stride_ / columns, owners = std::min(threads_, tiles);
     run_team(team_, owners, [&](int64_t begin, int64_t end) {
       const int64_t from = begin * tiles / owners * columns, to = std::min(end * tiles / owners * columns, call_.H);
       for (int64_t t = 0; t < call_.T; ++t) std::memset(sums + t * stride_ + from, 0, round_up(to - from, columns) * sizeof(float));
-      for (const Task& task : tasks) {
-        kernels_.add_columns(describe_task(task, begin), from, to - from, &rows[pairs_.first[task.chosen]]);
+      for (size_t i = 0; i < added.size(); ++i) {
+        Block block = describe_task(added[i], begin);
+        if (i + 1 < added.size()) block.next = describe_task(added[i + 1], begin).down;
+        kernels_.add_columns(block, from, to - from, &rows[pairs_.first[added[i].chosen]]);
       }
       for (int64_t t = 0; t < call_.T; ++t) {
         for (int64_t column = from; column < to; column += REDUCED) {

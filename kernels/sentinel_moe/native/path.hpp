@@ -25,6 +25,7 @@ struct Block {
   int64_t act_stride;
   void* scratch;                // of `count_scratch` bytes
   const void* next;             // the gate rows that are probably read after this block, or null
+  int64_t blocks;               // 1, or as many of the expert as follow each other from this one: kernels with a `span`
 };
 
 // Sums are rows of fp32 of a multiple of `columns`.  A sum over a block's atoms starts from zero and takes the atoms in
@@ -44,6 +45,9 @@ struct Kernels {
   // Bytes of an element of a prepared row of x, of ⌈H / SCALED⌉ · SCALED elements; 0: rows are taken as they are.
   int64_t x_size;
   void (*prepare)(const void* x, int64_t H, void* row);
+  // 0: sums over atoms are a block's.  Else over blocks of so many atoms together, or one; `activate` and `add_columns`
+  // take several, activations have room for a multiple of 16 tokens and of 32 atoms, and `add_rows` is not called.
+  int64_t span;
 };
 
 constexpr int64_t REDUCED = 512;
