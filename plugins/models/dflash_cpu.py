@@ -56,12 +56,12 @@ def build_context_buffers(self: Any) -> None:
         self._context_norm_weight = torch.ones_like(self._input_layernorm_weights[0])
         self._context_norm = self._context_norm_weight.float()
         self._fused_kv_bias = None if self._kv_biases is None else self._kv_biases.flatten()
-        keep_product(self, fold(self._kv_weights, self._input_layernorm_weights))
+        keep_product(self, fold(self._kv_weights, self._input_layernorm_weights), self._fused_kv_bias)
         del self._kv_weights  # vLLM's copy of the layers' matrices, which nothing reads any more
     else:
         self._context_norm_weight, self._context_norm = self._hidden_norm_weight, self._hidden_norm
         if self._fused_kv_weight is not None:
-            keep_product(self, self._fused_kv_weight)
+            keep_product(self, self._fused_kv_weight, self._fused_kv_bias)
 
 
 def fold(matrices: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
@@ -70,8 +70,8 @@ def fold(matrices: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     return folded.flatten(0, 1).to(matrices.dtype)
 
 
-def keep_product(model: Any, weight: torch.Tensor) -> None:
-    """Make a model multiply with a matrix [N, K] as its linear layers do; again for its new values.
+def keep_product(model: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Make a model multiply with a matrix [N, K] and a bias [N] as its linear layers do; again for their new values.
 
     It is a module, so that new weights reach it and digests count it (plugins/staging.py, weight_digests.py). vLLM may
     widen a layer's bias where it packs a matrix, so that the module has a bias of its own.
@@ -79,7 +79,6 @@ def keep_product(model: Any, weight: torch.Tensor) -> None:
     if not hasattr(model, "context_product"):
         model.context_product = nn.Module()
     model.context_product.weight = weight
-    bias = model._fused_kv_bias
     model.context_product.bias = None if bias is None else bias.clone()
     utils.dispatch_cpu_unquantized_gemm(model.context_product, remove_weight=False)
 

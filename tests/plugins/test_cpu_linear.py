@@ -117,7 +117,7 @@ def test_context_of_a_drafter_is_multiplied_as_linear_layers_are(ours: bool, mon
     folded = dflash_cpu.fold(each._kv_weights, each._input_layernorm_weights)
     each._fused_kv_bias = each._kv_biases.flatten()
     for model, weight in ((each, folded), (shared, shared._fused_kv_weight)):
-        dflash_cpu.keep_product(model, weight)
+        dflash_cpu.keep_product(model, weight, model._fused_kv_bias)
     assert [model.context_product.cpu_linear is cpu_linear.linear for model in (each, shared)] == [ours] * 2
     each._context_norm_weight = torch.ones(32).bfloat16()
     shared._context_norm_weight = shared._hidden_norm_weight
@@ -137,7 +137,7 @@ def test_rows_at_positions_that_a_drafter_does_not_know_are_stored_as_at_its_las
     from laguna_serve.plugins.models import dflash_cpu
 
     model, stored = make_projection(), list[Any]()
-    dflash_cpu.keep_product(model, model._fused_kv_weight)
+    dflash_cpu.keep_product(model, model._fused_kv_weight, model._fused_kv_bias)
     writer = SimpleNamespace(do_kv_cache_update=lambda *args: stored.append(args))
     attention = SimpleNamespace(impl=writer, kv_cache=None)
     for name, value in {
@@ -162,7 +162,7 @@ def test_a_new_matrix_of_a_context_takes_the_place_of_the_old() -> None:
     model, rows = torch.nn.Module(), torch.randn(3, 32).bfloat16()
     for _ in range(2):
         weight = torch.randn(16, 32).bfloat16()
-        dflash_cpu.keep_product(model, weight)
+        dflash_cpu.keep_product(model, weight, None)
         product = model.context_product
         torch.testing.assert_close(
             product.cpu_linear(rows, product.weight, None), rows @ weight.T, rtol=2e-2, atol=2e-2

@@ -122,6 +122,8 @@ void run_chunk(const Problem& p, int64_t first, int64_t M, TileRows* packed, int
 
 extern "C" int linear_bf16(int64_t M, int64_t N, int64_t K, const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias, void* y, int threads) {
   const Problem p{M, N, K, static_cast<const uint16_t*>(x), x_stride, static_cast<const uint16_t*>(w), w_stride, static_cast<const uint16_t*>(bias), static_cast<uint16_t*>(y)};
+  static const bool asked = ask_for_tiles();  // of Linux, for all threads; without, isa.py takes another path
+  (void)asked;
   struct alignas(64) Packed {
     TileRows rows;
   };
