@@ -171,9 +171,7 @@ def find_longest(config: EngineConfig) -> int | None:
 
 
 def check_launches(configs: Iterable[EngineConfig]) -> None:
-    """Check engines that are started later for everything that `plan_launch` would refuse.
-
-    vLLM's word on flags that were handed to it unread is asked, too.
+    """Check engines that are started later for everything that `plan_launch` would refuse, and by vLLM their own flags.
 
     Raises:
         EngineError: the first of them that cannot be started.
@@ -250,8 +248,7 @@ def _require_tokenizer(config: EngineConfig, folder: Path) -> None:
 def find_port(host: str) -> int:
     """Find a port that was free a moment ago; see `hold_port`."""
     with hold_port(host, 0) as server:
-        port: int = server.getsockname()[1]
-        return port
+        return int(server.getsockname()[1])
 
 
 def require_port(host: str, port: int) -> int:

@@ -352,10 +352,10 @@ def accept(draw: random.Random, drafted: int) -> int:
 def test_what_is_learnt_of_drafts_ends_a_decision_for_none() -> None:
     policy = Policy(WIDTH)
     Simulation(lambda _step, _number: [0.02] * WIDTH, length=100_000).run(300, policy)
-    while not policy.holds(["0"]):
+    while not policy.repeat_plain(["0"]):
         policy.decide(["0"])
     policy.observe_drafts([("0", 1, 1)])
-    assert not policy.holds(["0"])
+    assert not policy.repeat_plain(["0"])
 
 
 def test_context_that_must_be_made_up_first_is_a_cost_of_drafts() -> None:
