@@ -86,19 +86,24 @@ inline Left find_left(const uint16_t* row, int64_t stride, int64_t count, int64_
   return {copy, sizeof copy[0]};
 }
 
-// Two tiles of rows of weights: those that are multiplied, or those to be asked for.
+// Two tiles of rows of weights.
 struct RowPair {
   const uint16_t *first, *second;
 };
-// Which lines of sixteen a step are asked for.
-struct Lines {
-  int64_t first, last;
+
+// Rows that come next: in each step so many lines of both tiles are asked for, in their order in memory.
+struct Ahead {
+  RowPair rows;
+  int64_t lines;
+  void move(int64_t steps) {
+    rows.first += steps * lines * STEP;
+    rows.second += steps * lines * STEP;
+  }
 };
 
-// Products of two tiles of rows, of which `counts` are there, by TILES packed tiles: [tile][first or second].  `next`: rows
-// of which a share is asked for in their order in memory.
+// Products of two tiles of rows, of which `counts` are there, by TILES packed tiles: [tile][first or second].
 template <int TILES>
-inline void multiply_rows(RowPair rows, const int64_t* counts, int64_t stride, int64_t length, RowPair next, Lines share, const TileRows* packed, TileRows* copies, TileSums* products) {
+inline void multiply_rows(RowPair rows, const int64_t* counts, int64_t stride, int64_t length, Ahead ahead, const TileRows* packed, TileRows* copies, TileSums* products) {
   const int64_t steps = count_steps(length);
   _tile_zero(0);
   _tile_zero(1);
@@ -107,16 +112,15 @@ inline void multiply_rows(RowPair rows, const int64_t* counts, int64_t stride, i
     _tile_zero(3);
   }
   for (int64_t s = 0; s < steps; ++s) {
-    for (int64_t line = share.first; line < share.last; ++line) {
-      __builtin_prefetch(next.first + (s * TILE + line) * STEP, 0, 2);
-      __builtin_prefetch(next.second + (s * TILE + line) * STEP, 0, 2);
-    }
+    for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.rows.first + line * STEP, 0, 2);
     const Left first = find_left(rows.first + s * STEP, stride, counts[0], length - s * STEP, copies[0]);
     const Left second = find_left(rows.second + s * STEP, stride, counts[1], length - s * STEP, copies[1]);
     settle_memory(copies);
     _tile_loadd(6, packed[s], 64);
     _tile_loadd(4, first.first, first.stride);
     _tile_dpbf16ps(0, 4, 6);
+    for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.rows.second + line * STEP, 0, 2);
+    ahead.move(1);
     _tile_loadd(5, second.first, second.stride);
     _tile_dpbf16ps(1, 5, 6);
     if constexpr (TILES == 2) {

@@ -82,7 +82,7 @@ def takes_experts(layer: Any) -> bool:
     method, moe = layer.quant_method, layer.quant_method.moe
     width = moe.intermediate_size_per_partition
     return (
-        method.experts_cls is CPUUnquantizedExperts
+        issubclass(method.experts_cls, CPUUnquantizedExperts)  # with AMX its subclass
         and uses_own_experts()
         and moe.in_dtype == torch.bfloat16
         and moe.activation == MoEActivation.SILU

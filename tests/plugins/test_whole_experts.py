@@ -99,6 +99,7 @@ def test_which_layers_are_taken(change: dict[str, Any], taken: bool, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "environ", "uses"),
     [
+        ("amx", {}, True),
         ("avx512bf16", {}, True),
         ("avx512", {}, True),
         ("avx2", {}, True),
@@ -112,4 +113,3 @@ def test_which_processors_use_it(flags: str, environ: dict[str, str], uses: bool
     from laguna_serve.kernels.isa import PATHS, uses_own_experts
 
     assert uses_own_experts(PATHS[flags], environ) is uses
-    assert not uses_own_experts(PATHS[flags] | {"amx_bf16"}, environ)

@@ -78,15 +78,15 @@ void run_share(const Problem& p, const TileRows* packed, int64_t first_row, int6
   alignas(64) TileRows copies[2];
   alignas(64) TileSums products[4];
   for (int64_t n = first; n < last; n += GROUP) {
-    const uint16_t *w = p.w + n * p.w_stride, *ahead = w + GROUP * p.w_stride;
+    const uint16_t *w = p.w + n * p.w_stride, *next = w + GROUP * p.w_stride;
     const int64_t counts[2] = {std::min(TILE, last - n), std::max<int64_t>(0, std::min(TILE, last - n - TILE))};
     const __mmask32 there = last - n >= GROUP ? ~__mmask32(0) : (__mmask32(1) << (last - n)) - 1;
-    const RowPair rows = {w, counts[1] > 0 ? w + TILE * p.w_stride : w}, next = {ahead, ahead + TILE * p.w_stride};
-    for (int64_t pass = 0; pass < passes; ++pass) {
+    const RowPair rows = {w, counts[1] > 0 ? w + TILE * p.w_stride : w};
+    Ahead ahead = {{next, next + TILE * p.w_stride}, (TILE + passes - 1) / passes};
+    for (int64_t pass = 0; pass < passes; ++pass, ahead.move(steps)) {
       const int64_t m = pass * 2 * TILE;
-      const Lines lines = {pass * TILE / passes, (pass + 1) * TILE / passes};
       const TileRows* x = packed + 2 * pass * steps;
-      M - m > TILE ? multiply_rows<2>(rows, counts, p.w_stride, p.K, next, lines, x, copies, products) : multiply_rows<1>(rows, counts, p.w_stride, p.K, next, lines, x, copies, products);
+      M - m > TILE ? multiply_rows<2>(rows, counts, p.w_stride, p.K, ahead, x, copies, products) : multiply_rows<1>(rows, counts, p.w_stride, p.K, ahead, x, copies, products);
       for (int64_t tile = 0; tile < 2 && m + tile * TILE < M; ++tile) {
         store_products(p, products + 2 * tile, first_row + m + tile * TILE, std::min(TILE, M - m - tile * TILE), n, there);
       }

@@ -20,6 +20,9 @@ namespace {
 constexpr int64_t PACKED = 8;                // tiles of tokens whose x is held at once
 constexpr int64_t SPAN = 512;                // atoms of a sum
 constexpr int64_t KEPT_BYTES = 1 << 20;      // of `down`, as tiles are loaded from it, that stay in the second-level cache
+constexpr int64_t FEW = 64;                  // tokens up to which rows of `down` are read in their order
+constexpr int64_t PART = 64;                 // of such rows that are read together
+constexpr int64_t MOST_KEPT = 896 * TILE;    // columns times tiles of tokens whose products are kept meanwhile
 constexpr int64_t ROWS_AHEAD = 8;            // of `down` that are asked for early
 
 // Memory carved from a thread's scratch, in lines.
@@ -60,16 +63,26 @@ struct Acts {
   int64_t tile, step, row;
 };
 
-// Products of TILES tiles of tokens by two of columns over all atoms: [tile][half].  rows: [step][pair][column][2].
+// Products of TILES tiles of tokens by two of columns: [tile][half].  rows: [step][pair][column][2].  `more`: to those that
+// are there already.
 template <int TILES>
-void multiply_atoms(const Acts& acts, const TileRows* left, const TileRows* right, int64_t steps, TileSums* products) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (TILES == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+void multiply_atoms(const Acts& acts, const TileRows* left, const TileRows* right, int64_t steps, bool more, TileSums* products) {
   settle_memory(acts.first);
+  if (more) {
+    _tile_loadd(0, products[0], 64);
+    _tile_loadd(1, products[1], 64);
+    if constexpr (TILES == 2) {
+      _tile_loadd(2, products[2], 64);
+      _tile_loadd(3, products[3], 64);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (TILES == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
   for (int64_t s = 0; s < steps; ++s) {
     _tile_loadd(6, left[s], 64);
     _tile_loadd(4, acts.first + s * acts.step, acts.row);
@@ -98,6 +111,16 @@ void add_to(float* const* rows, int64_t count, int64_t column, const TileSums le
   }
 }
 
+// Asks for a range of columns of rows, a line after the other in their order in memory; `stride` in bytes.
+struct Asker {
+  const char* row;
+  int64_t stride, lines, line = 0;
+  void ask() {
+    __builtin_prefetch(row + line * 64, 0, 2);
+    if (++line == lines) line = 0, row += stride;
+  }
+};
+
 // Columns of `down`, in units of so many, that are held as tiles at once.
 int64_t count_kept(int64_t steps, int64_t unit) {
   const int64_t kept = KEPT_BYTES / (steps * static_cast<int64_t>(sizeof(TileRows))) * TILE / unit * unit;
@@ -109,13 +132,29 @@ void clear_ends(TileRows* tiles, int64_t count, int64_t steps) {
   for (int64_t tile = 0; tile < count; ++tile) std::memset(tiles[tile * steps + steps - 1], 0, sizeof(TileRows));
 }
 
+// Adds products, [strip of two tiles of columns][tile of tokens][half], to tokens' sums.
+void add_strips(const Block& block, int64_t first, int64_t strips, float* const* sums, const TileSums* products) {
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    for (int64_t token = 0; token < block.count; token += TILE, products += 2) add_to(sums + token, block.count - token, first + strip * COLUMNS, products[0], products[1]);
+  }
+}
+
+// Products of all tokens by two tiles of columns over some rows of `down`, kept: [tile of tokens][half].
+void multiply_part(int64_t count, const Acts& acts, const TileRows* left, const TileRows* right, int64_t steps, bool more, TileSums* products) {
+  for (int64_t token = 0; token < count; token += 2 * TILE, products += 4) {
+    Acts own = acts;
+    own.first += token / TILE * acts.tile;
+    count - token > TILE ? multiply_atoms<2>(own, left, right, steps, more, products) : multiply_atoms<1>(own, left, right, steps, more, products);
+  }
+}
+
 // Adds all tokens' products of two tiles of columns to their sums.
 void add_products(const Block& block, const Acts& acts, const TileRows* left, const TileRows* right, int64_t steps, int64_t column, float* const* sums, TileSums* products) {
   for (int64_t token = 0; token < block.count; token += 2 * TILE) {
     const int64_t count = block.count - token;
     Acts own = acts;
     own.first += token / TILE * acts.tile;
-    count > TILE ? multiply_atoms<2>(own, left, right, steps, products) : multiply_atoms<1>(own, left, right, steps, products);
+    count > TILE ? multiply_atoms<2>(own, left, right, steps, false, products) : multiply_atoms<1>(own, left, right, steps, false, products);
     add_to(sums + token, count, column, products[0], products[1]);
     if (count > TILE) add_to(sums + token + TILE, count - TILE, column, products[2], products[3]);
   }
@@ -161,13 +200,13 @@ struct Dense {
       pack_tiles(block, first, H, packed);
       const int64_t end = block.count - first < PACKED * TILE ? block.count : first + PACKED * TILE;
       for (int64_t atom = 0; atom < atoms; atom += TILE) {
-        const RowPair rows = find_rows(atom), next = find_rows(atom + TILE);
-        for (int64_t token = first; token < end; token += 2 * TILE) {
+        const RowPair rows = find_rows(atom);
+        const int64_t passes = (count_tiles(end - first) + 1) / 2;
+        Ahead ahead = {find_rows(atom + TILE), first > 0 ? 0 : (TILE + passes - 1) / passes};
+        for (int64_t token = first; token < end; token += 2 * TILE, ahead.move(steps)) {
           const TileRows* x = packed + (token - first) / TILE * steps;
           const bool two = token + TILE < end;
-          const int64_t pass = (token - first) / (2 * TILE), passes = (count_tiles(end - first) + 1) / 2;
-          const Lines lines = first > 0 ? Lines{0, 0} : Lines{pass * TILE / passes, (pass + 1) * TILE / passes};
-          two ? multiply_rows<2>(rows, COUNTS, H, H, next, lines, x, rests, sums) : multiply_rows<1>(rows, COUNTS, H, H, next, lines, x, rests, sums);
+          two ? multiply_rows<2>(rows, COUNTS, H, H, ahead, x, rests, sums) : multiply_rows<1>(rows, COUNTS, H, H, ahead, x, rests, sums);
           store_acts(block, token, atom, sums);
           if (two) store_acts(block, token + TILE, atom, sums + 2);
         }
@@ -191,8 +230,40 @@ struct Dense {
     }
   }
 
+  // For few tokens, whose products wait while rows of `down` are read in their order, PART at a time.
+  static void stream_columns(const Block& block, int64_t first, int64_t columns, float* const* sums) {
+    const int64_t H = block.H, atoms = block.blocks * block.B, strips = (columns + COLUMNS - 1) / COLUMNS;
+    const int64_t each = 2 * count_tiles(block.count), stride = block.act_stride * static_cast<int64_t>(sizeof(uint16_t));
+    Carver memory{static_cast<char*>(block.scratch)};
+    TileRows* tiles = memory.take<TileRows>(2 * PART / STEP);
+    TileSums* products = memory.take<TileSums>(strips * each);
+    clear_ends(tiles, 2, PART / STEP);
+    for (int64_t atom = 0; atom < atoms; atom += PART) {
+      const int64_t rows = atoms - atom < PART ? atoms - atom : PART, steps = count_steps(rows);
+      const uint16_t* down = static_cast<const uint16_t*>(block.down) + atom * H + first;
+      const uint16_t* next = atom + PART < atoms ? down + PART * H : block.next == nullptr ? down : static_cast<const uint16_t*>(block.next) + first;
+      Asker asker = {reinterpret_cast<const char*>(next), H * static_cast<int64_t>(sizeof(uint16_t)), strips};
+      const Acts acts = {static_cast<const char*>(block.act) + atom * static_cast<int64_t>(sizeof(uint16_t)), TILE * stride, STEP * static_cast<int64_t>(sizeof(uint16_t)), stride};
+      clear_ends(tiles, 2, steps);
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        const int64_t column = first + strip * COLUMNS;
+        for (int64_t row = 0; row < rows; row += 2) {
+          asker.ask();
+          asker.ask();
+          const uint16_t* pair = down + row * H + strip * COLUMNS;
+          __m512 parts[2];
+          H - column >= COLUMNS ? PairOps::load_rows<false>(pair, H, parts) : PairOps::load_rows<true>(pair, H, parts);
+          for (int i = 0; i < 2; ++i) _mm512_storeu_ps(tiles[i * steps + row / STEP][row % STEP / 2], parts[i]);
+        }
+        multiply_part(block.count, acts, tiles, tiles + steps, steps, atom > 0, products + strip * each);
+      }
+    }
+    add_strips(block, first, strips, sums, products);
+  }
+
   static void add_columns(const Block& block, int64_t first, int64_t columns, float* const* sums) {
     const TileUse use;
+    if (block.count <= FEW && count_tiles(block.count) * columns <= MOST_KEPT) return stream_columns(block, first, columns, sums);
     const int64_t atoms = block.blocks * block.B, steps = count_steps(atoms), end = first + columns, kept = count_kept(steps, COLUMNS);
     Carver memory{static_cast<char*>(block.scratch)};
     TileRows* tiles = memory.take<TileRows>(kept / TILE * steps);
@@ -221,14 +292,16 @@ struct Narrow {
 
   static int64_t count_scratch(int64_t B, int64_t H) {
     const int64_t most = B > SPAN ? B : SPAN;
-    const int64_t activate = PACKED * (Codes::pad(H) / STEP + 2) + 2 * STEPS + 4, combine = count_combined(B, SCALED) + 2 * count_steps(most) + count_tiles(most);
+    const int64_t activate = PACKED * (Codes::pad(H) / STEP + 2) + 4 * STEPS + 4, combine = count_combined(B, SCALED) + 2 * count_steps(most) + count_tiles(most);
     return (activate > combine ? activate : combine) * static_cast<int64_t>(sizeof(TileRows));
   }
 
-  // Sixteen rows of one group, decoded.
-  static void decode_group(const uint8_t* row, int64_t H, int64_t h, TileRows* decoded) {
+  // Sixteen rows of one group, decoded, and as many of the rows to come asked for.
+  static void decode_group(const uint8_t* row, const uint8_t* next, int64_t H, int64_t h, TileRows* decoded) {
+    next += h * TILE;
     for (int64_t a = 0; a < TILE; ++a) {
-      for (int64_t u = 0; u < SCALED; u += Codes::UNIT) {
+      for (int64_t u = 0; u < SCALED; u += Codes::UNIT, next += 64) {
+        __builtin_prefetch(next, 0, 2);
         __m512 w[Codes::VECS] = {};
         if (h + u < H) Codes::decode_row(row + a * H + h + u, H - h - u, w);
         for (int v = 0; v < Codes::VECS; ++v) _mm512_storeu_ps(decoded[u / STEP + v][a], w[v]);
@@ -279,7 +352,7 @@ struct Narrow {
     const TileUse use;
     const int64_t H = block.H, B = block.B, groups = Codes::count_groups(H), steps = Codes::pad(H) / STEP, atoms = block.blocks * B;
     Carver memory{static_cast<char*>(block.scratch)};
-    TileRows *packed = memory.take<TileRows>(PACKED * steps), *decoded = memory.take<TileRows>(2 * STEPS);
+    TileRows *packed = memory.take<TileRows>(PACKED * steps), *decoded = memory.take<TileRows>(4 * STEPS);
     TileSums *products = memory.take<TileSums>(4), *totals = memory.take<TileSums>(2 * PACKED);
     const auto find_row = [&](int64_t atom) { return atom / B * 2 * B + atom % B; };
     for (int64_t first = 0; first < block.count; first += PACKED * TILE) {
@@ -289,17 +362,19 @@ struct Narrow {
         const uint8_t *gate = Codes::codes(block.gate) + find_row(atom) * H, *up = gate + B * H;
         const uint8_t* next = atom + TILE < atoms ? Codes::codes(block.gate) + find_row(atom + TILE) * H : block.next == nullptr ? gate : Codes::codes(block.next);
         std::memset(totals, 0, 2 * tiles * sizeof(TileSums));
+        const auto decode = [&](int64_t h) {
+          TileRows* to = decoded + h / SCALED % 2 * 2 * STEPS;
+          decode_group(gate, next, H, h, to);
+          decode_group(up, next + B * H, H, h, to + STEPS);
+        };
+        decode(0);
         for (int64_t h = 0; h < H; h += SCALED) {
-          for (int64_t byte = 0; first == 0 && byte < TILE * SCALED; byte += 64) {
-            __builtin_prefetch(next + h * TILE + byte, 0, 2);
-            __builtin_prefetch(next + B * H + h * TILE + byte, 0, 2);
-          }
-          decode_group(gate, H, h, decoded);
-          decode_group(up, H, h, decoded + STEPS);
+          if (h + SCALED < H) decode(h + SCALED);  // ahead, so that no tile waits for what was just written
+          const TileRows* now = decoded + h / SCALED % 2 * 2 * STEPS;
           const float* scales[2] = {block.gate_scales + find_row(atom) * groups + h / SCALED, block.up_scales + find_row(atom) * groups + h / SCALED};
           for (int64_t tile = 0; tile < tiles; tile += 2) {
             const TileRows* x = packed + tile * steps + h / STEP;
-            tile + 1 < tiles ? add_group<2>(decoded, scales, groups, x, steps, products, totals + 2 * tile) : add_group<1>(decoded, scales, groups, x, steps, products, totals + 2 * tile);
+            tile + 1 < tiles ? add_group<2>(now, scales, groups, x, steps, products, totals + 2 * tile) : add_group<1>(now, scales, groups, x, steps, products, totals + 2 * tile);
           }
         }
         for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -337,8 +412,49 @@ struct Narrow {
     }
   }
 
+  // As Dense::stream_columns.
+  static void stream_columns(const Block& block, int64_t first, int64_t columns, float* const* sums) {
+    const int64_t H = block.H, groups = Codes::count_groups(H), atoms = block.blocks * block.B, strips = (columns + COLUMNS - 1) / COLUMNS;
+    const int64_t each = 2 * count_tiles(block.count);
+    Carver memory{static_cast<char*>(block.scratch)};
+    TileRows *tiles = memory.take<TileRows>(SCALED / TILE * PART / STEP), *acts = memory.take<TileRows>(each / 2 * PART / STEP);
+    TileSums* products = memory.take<TileSums>((strips + SCALED / COLUMNS) * each);
+    for (int64_t atom = 0; atom < atoms; atom += PART) {
+      Block part = block;
+      part.act = static_cast<float*>(block.act) + atom;
+      const int64_t rows = atoms - atom < PART ? atoms - atom : PART, steps = count_steps(rows);
+      const uint8_t* down = Codes::codes(block.down) + atom * H + first;
+      const uint8_t* next = atom + PART < atoms ? down + PART * H : block.next == nullptr ? down : Codes::codes(block.next) + first;
+      Asker asker = {reinterpret_cast<const char*>(next), H, (columns + 63) / 64};
+      const Acts scaled = {reinterpret_cast<const char*>(acts), steps * static_cast<int64_t>(sizeof(TileRows)), sizeof(TileRows), sizeof acts[0][0]};
+      clear_ends(tiles, SCALED / TILE, steps);
+      clear_ends(acts, each / 2, steps);
+      for (int64_t column = first; column < first + columns; column += SCALED, down += SCALED) {
+        float scales[PART];
+        for (int64_t row = 0; row < rows; ++row) scales[row] = block.down_scales[(atom + row) * groups + column / SCALED];
+        for (int64_t tile = 0; tile < each / 2; ++tile) scale_acts(part, tile * TILE, rows, scales, acts + tile * steps);
+        for (int64_t u = 0; u < SCALED && column + u < H; u += Codes::UNIT) {
+          for (int64_t row = 0; row < rows; row += 2) {
+            asker.ask();
+            asker.ask();
+            __m512 parts[Codes::SUMS];
+            Codes::decode_rows(down + row * H + u, H, H - column - u, parts);
+            for (int i = 0; i < Codes::SUMS; ++i) _mm512_storeu_ps(tiles[(u / TILE + i) * steps + row / STEP][row % STEP / 2], parts[i]);
+          }
+          TileSums* own = products + (column - first + u) / COLUMNS * each;
+          for (int i = 0; i < Codes::SUMS; i += 2, own += each) {
+            const TileRows* left = tiles + (u / TILE + i) * steps;
+            multiply_part(block.count, scaled, left, left + steps, steps, atom > 0, own);
+          }
+        }
+      }
+    }
+    add_strips(block, first, (columns + Codes::UNIT - 1) / Codes::UNIT * (Codes::UNIT / COLUMNS), sums, products);
+  }
+
   static void add_columns(const Block& block, int64_t first, int64_t columns, float* const* sums) {
     const TileUse use;
+    if (block.count <= FEW && count_tiles(block.count) * columns <= MOST_KEPT) return stream_columns(block, first, columns, sums);
     const int64_t H = block.H, groups = Codes::count_groups(H), atoms = block.blocks * block.B, steps = count_steps(atoms);
     const int64_t end = first + columns, kept = count_kept(steps, SCALED);
     Carver memory{static_cast<char*>(block.scratch)};
