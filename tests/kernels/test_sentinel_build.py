@@ -225,7 +225,7 @@ def has_avx512bf16() -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not has_avx512bf16(), reason="what is around the tiles needs AVX512-BF16")
 def test_tiles_of_an_emulated_amx(tmp_path: Path) -> None:
-    """The AMX path with its tiles in plain C++: results and row bits, and no tile that is read before it was written."""
+    """The AMX path with its tiles in plain C++: results, row bits, and no tile that is read before it is written."""
     check, compiler = Path(__file__).with_name("native_check.cpp"), shutil.which("g++") or "c++"
     names = ("path_amx", "path_avx512", "path_portable", "paths", "driver", "pairs")
     flags = building.PATHS["x86_64"]
