@@ -1,12 +1,12 @@
-"""Linear layers in bfloat16 on CPUs without instructions that multiply whole matrices.
+"""Linear layers in bfloat16 on CPUs: ours on every x86 processor, and on ARM without bfloat16.
 
 Without bf16 arithmetic (x86 with AVX2 or plain AVX-512, ARM without bf16) oneDNN refuses bf16 products (AVX2), and vLLM
 falls back to torch's, eight rows in about the time of eight times one row; or it emulates them (AVX-512), eight rows in
 the time of three or four. Intel's without AMX multiply bf16 at half the rate of float32 (kernels/isa.py). AMD's have
-it at full rate, but with few rows oneDNN reads memory at half of its bandwidth. Everywhere an output's bits depend on
-the number of rows. `kernels/linear` reads each weight once for all rows, and sums every output alike. vLLM's linear
-layers and its output layer ask one function how to multiply on a CPU, and this wraps it: layers with other dtypes, and
-all layers of other processors, are left to vLLM.
+it at full rate, and Intel's with AMX tiles, but with few rows oneDNN reads memory at half to three quarters of its
+bandwidth. Everywhere an output's bits depend on the number of rows. `kernels/linear` reads each weight once for all
+rows, and sums every output alike. vLLM's linear layers and its output layer ask one function how to multiply on a CPU,
+and this wraps it: layers with other dtypes, and all layers of other processors, are left to vLLM.
 
 Checked against vLLM 0.32.0. It can go when `tests/plugins/test_cpu_linear.py::test_stock_falls_back_to_torch` fails.
 """

@@ -148,6 +148,12 @@ int main(int count, char** words) {
             }
           }
         }
+        // More tokens of an expert than are held at once, and more atoms than tiles sum in one chain.
+        for (const bool fp8 : {false, true}) {
+          check(path, BF16, fp8, 400, 80, 48, 2);
+          check(path, BF16, fp8, 9, 160, 256, 2);
+          check(path, BF16, fp8, 180, 32, 272, 1);
+        }
         std::printf("%s\n", path.name);
       },
       count > 1 ? words[1] : nullptr);

@@ -212,6 +212,16 @@ def test_choice(flags: set[str], environ: dict[str, str], bf16: bool, path: str,
     assert uses_linear_op(flags, environ) is op
 
 
+@pytest.mark.parametrize(("granted", "path"), [(True, "amx"), (False, "avx512")])
+def test_tiles_that_linux_does_not_give_are_not_used(
+    granted: bool, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isa, "read_flags", lambda: frozenset(SAPPHIRE_RAPIDS))
+    monkeypatch.setattr(isa, "ask_for_tiles", lambda: granted)
+    assert choose_path(environ={}) == path
+    assert multiplies_bf16(environ={}) is granted
+
+
 def test_instructions_and_vendor_are_read(tmp_path: Path) -> None:
     file = tmp_path / "cpuinfo"
     processor = "vendor_id\t: GenuineIntel\nmodel name\t: Xeon\nflags\t\t: fma avx512_bf16\n\n"

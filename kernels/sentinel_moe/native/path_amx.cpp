@@ -122,14 +122,15 @@ struct Asker {
 };
 
 // Columns of `down`, in units of so many, that are held as tiles at once.
-int64_t count_kept(int64_t steps, int64_t unit) {
-  const int64_t kept = KEPT_BYTES / (steps * static_cast<int64_t>(sizeof(TileRows))) * TILE / unit * unit;
-  return kept < unit ? unit : kept;
+int64_t count_kept(int64_t columns, int64_t steps, int64_t unit) {
+  const int64_t most = KEPT_BYTES / (steps * static_cast<int64_t>(sizeof(TileRows))) * TILE / unit * unit, all = (columns + unit - 1) / unit * unit;
+  return all < most ? all : most < unit ? unit : most;
 }
 
-// Zeros in each tile's last step, of which the atoms may fill a half.
-void clear_ends(TileRows* tiles, int64_t count, int64_t steps) {
-  for (int64_t tile = 0; tile < count; ++tile) std::memset(tiles[tile * steps + steps - 1], 0, sizeof(TileRows));
+// Zeros in each tile's last step, if the atoms fill half of it.
+void clear_ends(TileRows* tiles, int64_t count, int64_t atoms) {
+  const int64_t steps = count_steps(atoms);
+  for (int64_t tile = 0; atoms % STEP != 0 && tile < count; ++tile) std::memset(tiles[tile * steps + steps - 1], 0, sizeof(TileRows));
 }
 
 // Adds products, [strip of two tiles of columns][tile of tokens][half], to tokens' sums.
@@ -237,14 +238,13 @@ struct Dense {
     Carver memory{static_cast<char*>(block.scratch)};
     TileRows* tiles = memory.take<TileRows>(2 * PART / STEP);
     TileSums* products = memory.take<TileSums>(strips * each);
-    clear_ends(tiles, 2, PART / STEP);
     for (int64_t atom = 0; atom < atoms; atom += PART) {
       const int64_t rows = atoms - atom < PART ? atoms - atom : PART, steps = count_steps(rows);
       const uint16_t* down = static_cast<const uint16_t*>(block.down) + atom * H + first;
       const uint16_t* next = atom + PART < atoms ? down + PART * H : block.next == nullptr ? down : static_cast<const uint16_t*>(block.next) + first;
       Asker asker = {reinterpret_cast<const char*>(next), H * static_cast<int64_t>(sizeof(uint16_t)), strips};
       const Acts acts = {static_cast<const char*>(block.act) + atom * static_cast<int64_t>(sizeof(uint16_t)), TILE * stride, STEP * static_cast<int64_t>(sizeof(uint16_t)), stride};
-      clear_ends(tiles, 2, steps);
+      clear_ends(tiles, 2, rows);
       for (int64_t strip = 0; strip < strips; ++strip) {
         const int64_t column = first + strip * COLUMNS;
         for (int64_t row = 0; row < rows; row += 2) {
@@ -264,11 +264,11 @@ struct Dense {
   static void add_columns(const Block& block, int64_t first, int64_t columns, float* const* sums) {
     const TileUse use;
     if (block.count <= FEW && count_tiles(block.count) * columns <= MOST_KEPT) return stream_columns(block, first, columns, sums);
-    const int64_t atoms = block.blocks * block.B, steps = count_steps(atoms), end = first + columns, kept = count_kept(steps, COLUMNS);
+    const int64_t atoms = block.blocks * block.B, steps = count_steps(atoms), end = first + columns, kept = count_kept(columns, steps, COLUMNS);
     Carver memory{static_cast<char*>(block.scratch)};
     TileRows* tiles = memory.take<TileRows>(kept / TILE * steps);
     TileSums* products = memory.take<TileSums>(4);
-    clear_ends(tiles, kept / TILE, steps);
+    clear_ends(tiles, kept / TILE, atoms);
     const int64_t stride = block.act_stride * static_cast<int64_t>(sizeof(uint16_t));
     const Acts acts = {static_cast<const char*>(block.act), TILE * stride, STEP * static_cast<int64_t>(sizeof(uint16_t)), stride};
     for (int64_t column = first; column < end; column += kept) {
@@ -427,8 +427,8 @@ struct Narrow {
       const uint8_t* next = atom + PART < atoms ? down + PART * H : block.next == nullptr ? down : Codes::codes(block.next) + first;
       Asker asker = {reinterpret_cast<const char*>(next), H, (columns + 63) / 64};
       const Acts scaled = {reinterpret_cast<const char*>(acts), steps * static_cast<int64_t>(sizeof(TileRows)), sizeof(TileRows), sizeof acts[0][0]};
-      clear_ends(tiles, SCALED / TILE, steps);
-      clear_ends(acts, each / 2, steps);
+      clear_ends(tiles, SCALED / TILE, rows);
+      clear_ends(acts, each / 2, rows);
       for (int64_t column = first; column < first + columns; column += SCALED, down += SCALED) {
         float scales[PART];
         for (int64_t row = 0; row < rows; ++row) scales[row] = block.down_scales[(atom + row) * groups + column / SCALED];
@@ -456,13 +456,13 @@ struct Narrow {
     const TileUse use;
     if (block.count <= FEW && count_tiles(block.count) * columns <= MOST_KEPT) return stream_columns(block, first, columns, sums);
     const int64_t H = block.H, groups = Codes::count_groups(H), atoms = block.blocks * block.B, steps = count_steps(atoms);
-    const int64_t end = first + columns, kept = count_kept(steps, SCALED);
+    const int64_t end = first + columns, kept = count_kept(columns, steps, SCALED);
     Carver memory{static_cast<char*>(block.scratch)};
     TileRows *tiles = memory.take<TileRows>(kept / TILE * steps), *acts = memory.take<TileRows>(2 * steps);
     TileSums* products = memory.take<TileSums>(4);
     float* scales = memory.take<float>(atoms);
-    clear_ends(tiles, kept / TILE, steps);
-    clear_ends(acts, 2, steps);
+    clear_ends(tiles, kept / TILE, atoms);
+    clear_ends(acts, 2, atoms);
     const Acts scaled = {reinterpret_cast<const char*>(acts), steps * static_cast<int64_t>(sizeof(TileRows)), sizeof(TileRows), sizeof acts[0][0]};
     for (int64_t column = first; column < end; column += kept) {
       const int64_t now = end - column < kept ? end - column : kept;
