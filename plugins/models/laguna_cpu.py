@@ -6,7 +6,7 @@ so the subclass gives one to every sparse layer.
 
 Experts in bfloat16 are blocks of which none is pruned, and `kernels/sentinel_moe` multiplies many tokens in two thirds
 of the time of vLLM's grouped product, and few as fast (docs/cpu.md); a token's bits do not depend on the others. On
-processors where matrix instructions make vLLM's the better one, and in other dtypes, experts are left to it.
+ARM, and in other dtypes, experts are left to vLLM.
 
 vLLM's grouped product wants the experts packed, and vLLM packs them the first time only: weights that are loaded again
 (`/collective_rpc reload_weights`, or a transfer for RL) stay in the checkpoint's layout and are read as if they were
