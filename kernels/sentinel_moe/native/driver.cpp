@@ -5,7 +5,7 @@
 //   many                   the activations of all blocks first; then each thread owns a range of columns for all tokens.
 //
 // Either way a row of the output is the sum of its blocks' sums in ascending order, each from zero, so that its bits
-// depend on neither the batch nor the threads.
+// depend on neither the batch nor the threads.  Kernels with a `span` sum chains of blocks instead, always the second way.
 
 #include "driver.hpp"
 
@@ -23,8 +23,9 @@ namespace {
 
 constexpr int64_t CHUNK = 4096;            // tokens whose scratch is held at once
 constexpr int64_t FEW = 4;                 // tokens of an expert, on average, up to which a thread takes a block
-constexpr int64_t TASKS = 8;               // tasks of a worker, at least, where there are as many blocks
-constexpr int64_t KEPT_BYTES = 64 << 20;   // scratch that is kept for the next call
+constexpr int64_t TASKS = 8;               // of a worker, at least, where there are as many
+constexpr int64_t SHARED_ATOMS = 64;       // of a task, at least, that makes something of x
+constexpr int64_t KEPT_BYTES = 64 << 20;   // scratch that is kept for the next call, besides the workers' own
 constexpr int64_t LINE = 64;
 constexpr int64_t SIZES[DTYPES] = {4, 2, 2};
 
@@ -46,8 +47,8 @@ class Scratch {
     }
     return memory_;
   }
-  void shrink() {
-    if (bytes_ <= KEPT_BYTES) return;
+  void shrink(int64_t kept) {
+    if (bytes_ <= kept) return;
     std::free(memory_);
     memory_ = nullptr;
     bytes_ = 0;
@@ -80,6 +81,7 @@ struct Task {
   int32_t number;  // of the first block within it
   int64_t place;   // of its first activation or partial row
   int64_t blocks;
+  int64_t begin, end;  // of its atoms
 };
 
 // One batch of at most CHUNK tokens.
@@ -122,7 +124,7 @@ class Batch {
     const int64_t bytes = call_.B * call_.H * size_of_weight(call_), scales = call_.B * groups_, block = find_start(task.chosen) + task.number;
     const char* gate = static_cast<const char*>(call_.w13) + block * 2 * bytes;
     const int64_t first = pairs_.first[task.chosen];
-    Block described = {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, nullptr, nullptr, nullptr, call_.H, call_.B, count_pairs(task.chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, own, nullptr, task.blocks};
+    Block described = {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, nullptr, nullptr, nullptr, call_.H, call_.B, count_pairs(task.chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, own, nullptr, task.blocks, task.begin, task.end};
     if (call_.w13_scales != nullptr) {
       described.gate_scales = call_.w13_scales + block * 2 * scales;
       described.up_scales = described.gate_scales + scales;
@@ -137,7 +139,7 @@ class Batch {
     int64_t partials = 0;
     for (size_t i = 0; i < pairs_.experts.size(); ++i) {
       const int64_t width = count_blocks(i);
-      for (int64_t b = 0; b < width; ++b, partials += count_pairs(i)) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), partials, 1});
+      for (int64_t b = 0; b < width; ++b, partials += count_pairs(i)) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), partials, 1, 0, call_.B});
       for (int64_t pair = pairs_.first[i]; pair < pairs_.first[i + 1]; ++pair) first[pairs_.tokens[pair] + 1] += width;
     }
     for (int64_t t = 0; t < call_.T; ++t) first[t + 1] += first[t];
@@ -173,21 +175,48 @@ class Batch {
     std::vector<Task> tasks;
     for (size_t i = 0; i < pairs_.experts.size(); ++i) {
       const int64_t width = count_blocks(i);
-      for (int64_t b = 0; b < width; b += most) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), places[i], std::min(most, width - b)});
+      for (int64_t b = 0; b < width; b += most) {
+        const int64_t blocks = std::min(most, width - b);
+        tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), places[i], blocks, 0, blocks * call_.B});
+      }
     }
     return tasks;
   }
 
-  // How far the activations of a token are apart.
+  // The chosen experts' atoms, for kernels with a span: as few tasks as give every worker some, as they make something of x.
+  std::vector<Task> list_pieces(int64_t atoms, const std::vector<int64_t>& places) const {
+    const int64_t piece = std::max(SHARED_ATOMS, round_up(atoms / (TASKS * threads_), ATOMS));
+    std::vector<Task> tasks;
+    for (size_t i = 0; i < pairs_.experts.size(); ++i) {
+      const int64_t all = count_blocks(i) * call_.B;
+      for (int64_t a = 0; a < all; a += piece) tasks.push_back({static_cast<int32_t>(i), 0, places[i], count_blocks(i), a, std::min(a + piece, all)});
+    }
+    return tasks;
+  }
+
+  // Blocks of a chain of sums.
+  int64_t count_chained() const {
+    const int64_t fit = std::max<int64_t>(1, kernels_.span / call_.B);
+    return kernels_.span == 0 || call_.B % 32 == 0 ? fit : std::max<int64_t>(2, fit / 2 * 2);
+  }
+
+  // Where a task's rows of gate begin.
+  const void* find_gate(const Block& block) const {
+    const int64_t row = block.begin / call_.B * 2 * call_.B + block.begin % call_.B;
+    return static_cast<const char*>(block.gate) + row * call_.H * size_of_weight(call_);
+  }
+
+  // How far the activations of a token are apart, and how many tokens have room for them.
   int64_t find_act_stride(int64_t chosen) const { return round_up(count_blocks(chosen) * call_.B, kernels_.span == 0 ? 1 : 32); }
+  int64_t count_act_rows(int64_t chosen) const { return round_up(count_pairs(chosen), kernels_.span == 0 ? 1 : 16); }
 
   void run_by_columns() {
     std::vector<int64_t> places;
-    int64_t acts = 0, blocks = 0;
+    int64_t acts = 0, atoms = 0;
     for (size_t i = 0; i < pairs_.experts.size(); ++i) {
       places.push_back(acts);
-      acts += find_act_stride(i) * round_up(count_pairs(i), kernels_.span == 0 ? 1 : 16);
-      blocks += count_blocks(i);
+      acts += find_act_stride(i) * count_act_rows(i);
+      atoms += count_blocks(i) * call_.B;
     }
     const int64_t sums_bytes = call_.T * stride_ * sizeof(float), act_bytes = round_up(acts * kernels_.act_size, LINE);
     char* memory = reserve(sums_bytes + act_bytes + threads_ * scratch_bytes_);
@@ -198,22 +227,20 @@ class Batch {
       return describe(task, act + (task.place + task.number * call_.B) * kernels_.act_size, find_act_stride(task.chosen), own);
     };
     for (size_t i = 0; i < places.size(); ++i) {
-      const int64_t stride = find_act_stride(i), atoms = count_blocks(i) * call_.B;
-      for (int64_t row = 0; atoms < stride && row < round_up(count_pairs(i), 16); ++row) {
-        std::memset(act + (places[i] + row * stride + atoms) * kernels_.act_size, 0, (stride - atoms) * kernels_.act_size);
+      const int64_t stride = find_act_stride(i), used = count_blocks(i) * call_.B;
+      for (int64_t row = 0; used < stride && row < count_act_rows(i); ++row) {
+        std::memset(act + (places[i] + row * stride + used) * kernels_.act_size, 0, (stride - used) * kernels_.act_size);
       }
     }
     std::vector<float*> rows(pairs_.tokens.size());
     for (size_t i = 0; i < rows.size(); ++i) rows[i] = sums + pairs_.tokens[i] * stride_;
-    // Several blocks share what is made of x, as long as every worker has some tasks.
-    const int64_t shared = kernels_.span == 0 ? 1 : std::max<int64_t>(1, blocks / (TASKS * threads_));
-    const std::vector<Task> activated = list_tasks(shared, places);
+    const std::vector<Task> activated = kernels_.span == 0 ? list_tasks(1, places) : list_pieces(atoms, places);
     share(team_, activated.size(), [&](int64_t number, int64_t worker) {
       Block block = describe_task(activated[number], worker);
-      if (number + threads_ < static_cast<int64_t>(activated.size())) block.next = describe_task(activated[number + threads_], worker).gate;
+      if (number + threads_ < static_cast<int64_t>(activated.size())) block.next = find_gate(describe_task(activated[number + threads_], worker));
       kernels_.activate(block);
     });
-    const std::vector<Task> added = list_tasks(std::max<int64_t>(1, kernels_.span / call_.B), places);
+    const std::vector<Task> added = list_tasks(count_chained(), places);
     const int64_t columns = kernels_.columns, tiles = stride_ / columns, owners = std::min(threads_, tiles);
     run_team(team_, owners, [&](int64_t begin, int64_t end) {
       const int64_t from = begin * tiles / owners * columns, to = std::min(end * tiles / owners * columns, call_.H);
@@ -248,6 +275,7 @@ class Batch {
 
 Outcome run(const Call& whole, const Path& path, const Team& team) {
   const int64_t size = SIZES[whole.dtype];
+  int64_t workers = 0;
   try {
     for (int64_t first = 0; first < whole.T; first += CHUNK) {
       Call call = whole;
@@ -261,8 +289,9 @@ Outcome run(const Call& whole, const Path& path, const Team& team) {
       if (outcome.status != OK) return outcome;
       const Kernels* kernels = call.w13_scales == nullptr ? path.kernels[call.dtype] : path.find_fp8(call.dtype);
       Batch(call, *kernels, team, pairs).run();
+      workers = std::max(workers, team.threads * kernels->count_scratch(call.B, call.H));
     }
-    scratch.shrink();
+    scratch.shrink(KEPT_BYTES + workers);
   } catch (const std::bad_alloc&) {
     return {NO_MEMORY, whole.T};
   }

@@ -24,12 +24,13 @@ struct Block {
   void* act;                    // [count][act_stride] weighted activations
   int64_t act_stride;
   void* scratch;                // of `count_scratch` bytes
-  const void* next;             // the gate rows that are probably read after this block, or null
+  const void* next;             // the rows of gate, or of `down`, that are probably read after these, or null
   int64_t blocks;               // 1, or as many of the expert as follow each other from this one: kernels with a `span`
+  int64_t begin, end;           // of their atoms those that `activate` is for
 };
 
-// Sums are rows of fp32 of a multiple of `columns`.  A sum over a block's atoms starts from zero and takes the atoms in
-// ascending order, whatever else is computed beside it, in `add_rows` and `add_columns` alike.
+// Sums are rows of fp32 of a multiple of `columns`.  A sum over a block's atoms, or a chain's, starts from zero and takes the
+// atoms in one order, whatever else is computed beside it, in `add_rows` and `add_columns` alike.
 struct Kernels {
   int64_t act_size;  // bytes of an activation
   int64_t columns;   // a thread of `add_columns` has a multiple of so many
@@ -45,8 +46,10 @@ struct Kernels {
   // Bytes of an element of a prepared row of x, of ⌈H / SCALED⌉ · SCALED elements; 0: rows are taken as they are.
   int64_t x_size;
   void (*prepare)(const void* x, int64_t H, void* row);
-  // 0: sums over atoms are a block's.  Else over blocks of so many atoms together, or one; `activate` and `add_columns`
-  // take several, activations have room for a multiple of 16 tokens and of 32 atoms, and `add_rows` is not called.
+  // 0: sums over atoms are a block's.  Else an expert's atoms are summed in chains, each from zero: of as many whole blocks
+  // as fit in `span` atoms, or at least one, or two where a block is an odd multiple of 16, so that only the last chain may
+  // be one.  Then `activate` takes any sixteen atoms of an expert and `add_columns` a chain; activations have room for a
+  // multiple of 16 tokens and of 32 atoms, zeros behind the last; `add_rows` is not called.
   int64_t span;
 };
 

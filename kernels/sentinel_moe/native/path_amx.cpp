@@ -18,9 +18,9 @@ const sentinel::Kernels* sentinel_avx512_fp8(sentinel::DType dtype);
 namespace {
 
 constexpr int64_t PACKED = 8;                // tiles of tokens whose x is held at once
-constexpr int64_t SPAN = 512;                // atoms of a sum
-constexpr int64_t KEPT_BYTES = 1 << 20;      // of `down`, as tiles are loaded from it, that stay in the second-level cache
-constexpr int64_t FEW = 64;                  // tokens up to which rows of `down` are read in their order
+constexpr int64_t SPAN = 512;                // atoms of a chain of sums
+constexpr int64_t HELD_BYTES = 1 << 20;      // of `down`, as tiles are loaded from it, that stay in the second-level cache
+constexpr int64_t STREAMED = 64;             // tokens up to which rows of `down` are read in their order
 constexpr int64_t PART = 64;                 // of such rows that are read together
 constexpr int64_t MOST_KEPT = 896 * TILE;    // columns times tiles of tokens whose products are kept meanwhile
 constexpr int64_t ROWS_AHEAD = 8;            // of `down` that are asked for early
@@ -123,7 +123,7 @@ struct Asker {
 
 // Columns of `down`, in units of so many, that are held as tiles at once.
 int64_t count_kept(int64_t columns, int64_t steps, int64_t unit) {
-  const int64_t most = KEPT_BYTES / (steps * static_cast<int64_t>(sizeof(TileRows))) * TILE / unit * unit, all = (columns + unit - 1) / unit * unit;
+  const int64_t most = HELD_BYTES / (steps * static_cast<int64_t>(sizeof(TileRows))) * TILE / unit * unit, all = (columns + unit - 1) / unit * unit;
   return all < most ? all : most < unit ? unit : most;
 }
 
@@ -155,7 +155,7 @@ void add_products(const Block& block, const Acts& acts, const TileRows* left, co
     const int64_t count = block.count - token;
     Acts own = acts;
     own.first += token / TILE * acts.tile;
-    count > TILE ? multiply_atoms<2>(own, left, right, steps, false, products) : multiply_atoms<1>(own, left, right, steps, false, products);
+    multiply_part(count < 2 * TILE ? count : 2 * TILE, own, left, right, steps, false, products);
     add_to(sums + token, count, column, products[0], products[1]);
     if (count > TILE) add_to(sums + token + TILE, count - TILE, column, products[2], products[3]);
   }
@@ -163,9 +163,11 @@ void add_products(const Block& block, const Acts& acts, const TileRows* left, co
 
 // --- weights in bf16 ------------------------------------------------------------------------------------------------
 
+int64_t longest_chain(int64_t B) { return 2 * B > SPAN ? 2 * B : SPAN; }
+
 // The most tiles that are held in `add_columns`, and four products.
 int64_t count_combined(int64_t B, int64_t unit) {
-  const int64_t most = count_steps(B > SPAN ? B : SPAN), bytes = KEPT_BYTES / static_cast<int64_t>(sizeof(TileRows));
+  const int64_t most = count_steps(longest_chain(B)), bytes = HELD_BYTES / static_cast<int64_t>(sizeof(TileRows));
   return (bytes > unit / TILE * most ? bytes : unit / TILE * most) + 4;
 }
 
@@ -188,22 +190,23 @@ struct Dense {
 
   static void activate(const Block& block) {
     const TileUse use;
-    const int64_t H = block.H, steps = count_steps(H), atoms = block.blocks * block.B;
+    const int64_t H = block.H, steps = count_steps(H);
     Carver memory{static_cast<char*>(block.scratch)};
     TileRows *packed = memory.take<TileRows>(PACKED * steps), *rests = memory.take<TileRows>(2);
     TileSums* sums = memory.take<TileSums>(4);
     const auto find_rows = [&](int64_t atom) {
-      const uint16_t* gate = static_cast<const uint16_t*>(atom < atoms || block.next == nullptr ? block.gate : block.next);
-      if (atom < atoms) gate += (atom / block.B * 2 * block.B + atom % block.B) * H;
+      const uint16_t* gate = static_cast<const uint16_t*>(atom < block.end ? block.gate : block.next);
+      if (atom < block.end) gate += (atom / block.B * 2 * block.B + atom % block.B) * H;
       return RowPair{gate, gate + block.B * H};
     };
     for (int64_t first = 0; first < block.count; first += PACKED * TILE) {
       pack_tiles(block, first, H, packed);
       const int64_t end = block.count - first < PACKED * TILE ? block.count : first + PACKED * TILE;
-      for (int64_t atom = 0; atom < atoms; atom += TILE) {
+      for (int64_t atom = block.begin; atom < block.end; atom += TILE) {
         const RowPair rows = find_rows(atom);
         const int64_t passes = (count_tiles(end - first) + 1) / 2;
-        Ahead ahead = {find_rows(atom + TILE), first > 0 ? 0 : (TILE + passes - 1) / passes};
+        const bool asks = first == 0 && (atom + TILE < block.end || block.next != nullptr);
+        Ahead ahead = {asks ? find_rows(atom + TILE) : rows, asks ? (TILE + passes - 1) / passes : 0};
         for (int64_t token = first; token < end; token += 2 * TILE, ahead.move(steps)) {
           const TileRows* x = packed + (token - first) / TILE * steps;
           const bool two = token + TILE < end;
@@ -263,7 +266,7 @@ struct Dense {
 
   static void add_columns(const Block& block, int64_t first, int64_t columns, float* const* sums) {
     const TileUse use;
-    if (block.count <= FEW && count_tiles(block.count) * columns <= MOST_KEPT) return stream_columns(block, first, columns, sums);
+    if (block.count <= STREAMED && count_tiles(block.count) * columns <= MOST_KEPT) return stream_columns(block, first, columns, sums);
     const int64_t atoms = block.blocks * block.B, steps = count_steps(atoms), end = first + columns, kept = count_kept(columns, steps, COLUMNS);
     Carver memory{static_cast<char*>(block.scratch)};
     TileRows* tiles = memory.take<TileRows>(kept / TILE * steps);
@@ -291,17 +294,16 @@ struct Narrow {
   static constexpr int64_t STEPS = SCALED / STEP;  // of a group
 
   static int64_t count_scratch(int64_t B, int64_t H) {
-    const int64_t most = B > SPAN ? B : SPAN;
+    const int64_t most = longest_chain(B);
     const int64_t activate = PACKED * (Codes::pad(H) / STEP + 2) + 4 * STEPS + 4, combine = count_combined(B, SCALED) + 2 * count_steps(most) + count_tiles(most);
     return (activate > combine ? activate : combine) * static_cast<int64_t>(sizeof(TileRows));
   }
 
   // Sixteen rows of one group, decoded, and as many of the rows to come asked for.
   static void decode_group(const uint8_t* row, const uint8_t* next, int64_t H, int64_t h, TileRows* decoded) {
-    next += h * TILE;
     for (int64_t a = 0; a < TILE; ++a) {
-      for (int64_t u = 0; u < SCALED; u += Codes::UNIT, next += 64) {
-        __builtin_prefetch(next, 0, 2);
+      for (int64_t u = 0; u < SCALED; u += Codes::UNIT) {
+        if (next != nullptr) __builtin_prefetch(next + h * TILE + a * SCALED + u, 0, 2);
         __m512 w[Codes::VECS] = {};
         if (h + u < H) Codes::decode_row(row + a * H + h + u, H - h - u, w);
         for (int v = 0; v < Codes::VECS; ++v) _mm512_storeu_ps(decoded[u / STEP + v][a], w[v]);
@@ -350,7 +352,7 @@ struct Narrow {
 
   static void activate(const Block& block) {
     const TileUse use;
-    const int64_t H = block.H, B = block.B, groups = Codes::count_groups(H), steps = Codes::pad(H) / STEP, atoms = block.blocks * B;
+    const int64_t H = block.H, B = block.B, groups = Codes::count_groups(H), steps = Codes::pad(H) / STEP;
     Carver memory{static_cast<char*>(block.scratch)};
     TileRows *packed = memory.take<TileRows>(PACKED * steps), *decoded = memory.take<TileRows>(4 * STEPS);
     TileSums *products = memory.take<TileSums>(4), *totals = memory.take<TileSums>(2 * PACKED);
@@ -358,14 +360,14 @@ struct Narrow {
     for (int64_t first = 0; first < block.count; first += PACKED * TILE) {
       pack_tiles(block, first, Codes::pad(H), packed);
       const int64_t tiles = count_tiles(block.count - first < PACKED * TILE ? block.count - first : PACKED * TILE);
-      for (int64_t atom = 0; atom < atoms; atom += TILE) {
+      for (int64_t atom = block.begin; atom < block.end; atom += TILE) {
         const uint8_t *gate = Codes::codes(block.gate) + find_row(atom) * H, *up = gate + B * H;
-        const uint8_t* next = atom + TILE < atoms ? Codes::codes(block.gate) + find_row(atom + TILE) * H : block.next == nullptr ? gate : Codes::codes(block.next);
+        const uint8_t* next = first > 0 ? nullptr : atom + TILE < block.end ? Codes::codes(block.gate) + find_row(atom + TILE) * H : Codes::codes(block.next);
         std::memset(totals, 0, 2 * tiles * sizeof(TileSums));
         const auto decode = [&](int64_t h) {
           TileRows* to = decoded + h / SCALED % 2 * 2 * STEPS;
           decode_group(gate, next, H, h, to);
-          decode_group(up, next + B * H, H, h, to + STEPS);
+          decode_group(up, next == nullptr ? nullptr : next + B * H, H, h, to + STEPS);
         };
         decode(0);
         for (int64_t h = 0; h < H; h += SCALED) {
@@ -454,7 +456,7 @@ struct Narrow {
 
   static void add_columns(const Block& block, int64_t first, int64_t columns, float* const* sums) {
     const TileUse use;
-    if (block.count <= FEW && count_tiles(block.count) * columns <= MOST_KEPT) return stream_columns(block, first, columns, sums);
+    if (block.count <= STREAMED && count_tiles(block.count) * columns <= MOST_KEPT) return stream_columns(block, first, columns, sums);
     const int64_t H = block.H, groups = Codes::count_groups(H), atoms = block.blocks * block.B, steps = count_steps(atoms);
     const int64_t end = first + columns, kept = count_kept(columns, steps, SCALED);
     Carver memory{static_cast<char*>(block.scratch)};
