@@ -53,8 +53,8 @@ class IsaError(ValueError):
 def ask_for_tiles() -> bool:
     """Ask Linux for AMX's registers, for all of this process; whether it may use them.
 
-    A process that was not given them dies of an illegal instruction at its first tile. oneDNN asks for itself; vLLM's
-    own kernels (attention, small matrices, experts) do not, and have them only where oneDNN came first.
+    A process that was not given them dies of an illegal instruction at its first tile. oneDNN asks for itself, so do our
+    libraries; vLLM's own kernels (attention, small matrices, experts) have them only where somebody asked before.
     """
     if platform.machine() != "x86_64" or "amx_tile" not in read_flags():
         return False
@@ -75,6 +75,15 @@ def read_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     )
 
 
+def find_usable(flags: Collection[str] | None = None, environ: Mapping[str, str] = os.environ) -> frozenset[str]:
+    """Find what may be used of the processor's instructions: AMX, if it is given to this process, and not limited."""
+    if flags is None:
+        flags = read_flags()
+        if not ask_for_tiles():
+            flags -= AMX
+    return frozenset(flags) - (AMX if _limits(environ) & WITHOUT_AMX else frozenset())
+
+
 def has_slow_bf16(flags: Collection[str]) -> bool:
     """Whether bf16 is multiplied in less time by widening it: Intel's cores where AMX is missing, or hidden from a VM.
 
@@ -89,7 +98,7 @@ def multiplies_bf16(flags: Collection[str] | None = None, environ: Mapping[str, 
     asked = environ.get(VARIABLE)
     if (asked or BF16[0]) not in BF16 or _limits(environ) & WITHOUT_BF16:
         return False
-    present = _find_usable(flags, environ)
+    present = find_usable(flags, environ)
     return bool(BF16_ARITHMETIC & present) and (bool(asked) or not has_slow_bf16(present))
 
 
@@ -99,13 +108,15 @@ def choose_path(flags: Collection[str] | None = None, environ: Mapping[str, str]
     Raises:
         IsaError: it names none, or one whose instructions the processor lacks.
     """
-    present = _find_usable(flags, environ)
+    present = find_usable(flags, environ)
     wanted, known = environ.get(VARIABLE), dict.fromkeys((*BF16, *PATHS))
     if wanted and wanted not in known:
         raise IsaError(f"{VARIABLE}: expected {', '.join(known)}, got {wanted!r}; correct or unset it")
     if wanted in PATHS:
-        if missing := sorted(PATHS[wanted] - present):
+        if missing := sorted(PATHS[wanted] - set(read_flags() if flags is None else flags)):
             raise IsaError(f"{VARIABLE}={wanted}: expected a processor with {', '.join(missing)}; unset it")
+        if wanted == TILES and flags is None and not ask_for_tiles():
+            raise IsaError(f"{VARIABLE}={wanted}: expected Linux to give this process AMX's tiles, got none; unset it")
         return wanted
     limits = _limits(environ)
     barred = set(BF16) if limits & WITHOUT_BF16 or has_slow_bf16(present) else set()
@@ -136,15 +147,6 @@ def uses_own_experts(flags: Collection[str] | None = None, environ: Mapping[str,
         IsaError: a variable has a value that it cannot have.
     """
     return uses_linear_op(flags, environ) and choose_path(flags, environ) in X86
-
-
-def _find_usable(flags: Collection[str] | None, environ: Mapping[str, str]) -> frozenset[str]:
-    """Find what may be used of the processor's instructions: AMX, if it is given to this process, and not limited."""
-    if flags is None:
-        flags = read_flags()
-        if not ask_for_tiles():
-            flags -= AMX
-    return frozenset(flags) - (AMX if _limits(environ) & WITHOUT_AMX else frozenset())
 
 
 def _limits(environ: Mapping[str, str]) -> set[str]:

@@ -40,7 +40,7 @@ ray = {f"laguna_serve.{m}" for m in ("bench.cluster.__main__", "bench.cluster.lo
 ray |= {f"laguna_serve.serving.cluster.{m}" for m in ("ingress", "keeper", "replica")}
 light = [n for n in light if n not in ray]
 sources = {f.name for f in importlib.metadata.files("laguna-serve") or []}
-assert {"driver.cpp", "kernels.hpp", "product.cpp"} <= sources, "wheel: expected the CPU kernels' source, got none; see package-data in pyproject.toml"
+assert {"driver.cpp", "kernels.hpp", "product.cpp", "tiles.cpp", "amx.hpp"} <= sources, "wheel: expected the CPU kernels' source, got none; see package-data in pyproject.toml"
 assert any(name.endswith(".so") for name in sources), "wheel: expected the CPU kernels' library, got none; see package-data in pyproject.toml"
 assert "py.typed" in sources, "wheel: expected py.typed, got none; see package-data in pyproject.toml"
 for name in light:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from laguna_serve.kernels.linear.build import load_library
 
-OK, NO_MEMORY = 0, 1
+OK, NO_MEMORY, NO_TILES = 0, 1, 2
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -29,7 +29,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Raises:
         TypeError: a dtype is not as above.
         ValueError: a shape or stride is not as above.
-        MemoryError: no room for a copy of 256 rows of x.
+        MemoryError: no room for a copy of some rows of x.
     """
     _check(x, weight, bias)
     out: torch.Tensor = torch.ops.laguna_serve.linear.default(x, weight, bias)
@@ -57,7 +57,11 @@ def run_with(
         threads,
     )  # fmt: skip
     if status == NO_MEMORY:
-        raise MemoryError(f"linear: expected room for {min(M, 256)} rows of {K}, got none; free some memory")
+        raise MemoryError(f"linear: expected room for some of {M} rows of {K}, got none; free some memory")
+    if status == NO_TILES:
+        raise RuntimeError(
+            "linear: expected Linux to give this process AMX's tiles, got none; set LAGUNA_CPU_ISA=avx512"
+        )
     assert status == OK
     return out if x.dim() == 2 else out.view(*x.shape[:-1], N)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from laguna_serve.kernels.isa import VARIABLE, has_slow_bf16, read_flags
+from laguna_serve.kernels.isa import VARIABLE, find_usable, has_slow_bf16
 from laguna_serve.kernels.sentinel_moe.build import build, find_prebuilt
 from laguna_serve.kernels.sentinel_moe.reference import dequantise
 from laguna_serve.kernels.toolchain import BuildError
@@ -64,7 +64,7 @@ class Kernels:
     def choose_path(self) -> str | None:
         """Choose the path: LAGUNA_CPU_ISA's, or the one without bf16 arithmetic where that is slow; None: the best."""
         plain = any(path.name == "avx512" and path.supported for path in self.paths)
-        return os.environ.get(VARIABLE) or ("avx512" if plain and has_slow_bf16(read_flags()) else None)
+        return os.environ.get(VARIABLE) or ("avx512" if plain and has_slow_bf16(find_usable()) else None)
 
 
 @functools.cache

@@ -25,10 +25,11 @@ OWN = Path(__file__).resolve().parent
 
 def describe_arithmetic() -> dict[str, str]:
     """Name of a part → what it is here."""
+    shared = [f"{folder}/native" for folder in kernels.__path__]
     found = {
         "laguna-serve sources": hash_sources([*plugins.__path__, *kernels.__path__]),
-        "sentinel op": f"{_find_sentinel_path()}, sources {hash_sources(sentinel_moe.__path__)}",
-        "linear op": f"{_find_linear_path()}, sources {hash_sources(linear.__path__)}",
+        "sentinel op": f"{_find_sentinel_path()}, sources {hash_sources([*sentinel_moe.__path__, *shared])}",
+        "linear op": f"{_find_linear_path()}, sources {hash_sources([*linear.__path__, *shared])}",
     }
     if torch.version.cuda is not None and torch.cuda.is_available():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from laguna_serve.kernels.isa import CPUINFO, read_flags
+from laguna_serve.kernels.isa import CPUINFO, find_usable, read_flags
 from laguna_serve.serving.machine.memory import MIB, available_bytes, total_bytes
 
 # What nvidia-smi says of a GPU that has the machine's memory (GB10, Thor) instead of its own.
@@ -73,7 +73,7 @@ def find_device(install: VllmInstall | None) -> Device | None:
     gpu = None if install is not None and install.for_cpu else find_gpu()
     if gpu is None and install is not None and not install.for_cpu:
         return None
-    return gpu or Device("cpu", read_cpu_name(), total_bytes(), available_bytes(), isa=read_flags())
+    return gpu or Device("cpu", read_cpu_name(), total_bytes(), available_bytes(), isa=find_usable())
 
 
 def find_gpu() -> Device | None:

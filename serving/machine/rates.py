@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from laguna_serve.kernels import isa
+from laguna_serve.kernels.isa import IsaError, choose_path, uses_linear_op
 from laguna_serve.serving.machine.cache import find_own_cache
 from laguna_serve.serving.machine.device import read_isa
 from laguna_serve.serving.machine.threads import THREADS, choose_threads
@@ -148,9 +149,17 @@ def list_rates(rates: Rates) -> str:
 
 def _place() -> Path:
     parts = [*read_isa(), *(os.environ.get(name, "") for name in (*LIMITS, "CXX", "OMP_NUM_THREADS"))]
-    parts += [str(len(os.sched_getaffinity(0))), PROBE, _find_torch()]
+    parts += [str(len(os.sched_getaffinity(0))), PROBE, _find_torch(), _find_op()]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return find_own_cache() / "rates" / f"{digest}.json"
+
+
+def _find_op() -> str:
+    """Name the path of the linear op where it is used, or nothing."""
+    try:
+        return choose_path() if uses_linear_op() else ""
+    except IsaError:
+        return ""
 
 
 @functools.cache

@@ -61,6 +61,7 @@ int main() {
     check(M, 130, 160, 1);
     check(M, 260, 1030, 3);
   }
+  check(70, 40, 64, 2);
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

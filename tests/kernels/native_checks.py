@@ -26,7 +26,7 @@ def compile_sentinel(compiler: str, machine: str, folder: Path, *link: str) -> P
 def compile_linear(compiler: str, path: str, folder: Path, *link: str) -> Path:
     """Compile a path of the linear product and linear_check.cpp. Raises CalledProcessError."""
     flags = (*(flag for flag in linear.FLAGS if flag != "-shared"), *linear.PATH_FLAGS[path])
-    commands = [(linear.SOURCES / "product.cpp", flags), (HERE / "linear_check.cpp", ("-std=c++17", "-O2"))]
+    commands = [(linear.find_source(path), flags), (HERE / "linear_check.cpp", ("-std=c++17", "-O2"))]
     return compile_program(compiler, commands, folder, ("-fopenmp", *link))
 
 

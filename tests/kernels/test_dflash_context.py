@@ -14,7 +14,7 @@ from laguna_serve.kernels.dflash_context.launch import Weights
 from laguna_serve.kernels.linear import load_library as load_product
 from laguna_serve.kernels.toolchain import BuildError
 
-RUNNABLE = [path for path, needed in isa.PATHS.items() if needed <= isa.read_flags()]
+RUNNABLE = [path for path, needed in isa.PATHS.items() if needed <= isa.find_usable()]
 
 
 def forget() -> None:

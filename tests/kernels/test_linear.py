@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from native_checks import compile_program, run_check
 
 from laguna_serve.kernels import isa
 from laguna_serve.kernels import linear as package
@@ -18,7 +20,7 @@ ZEN4 = {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf
 SAPPHIRE_RAPIDS = ZEN4 | {"GenuineIntel", "amx_bf16", "amx_tile"}
 SKYLAKE = ZEN4 - {"avx512_bf16"}
 HASWELL = {"avx2", "fma"}
-HERE = isa.read_flags()
+HERE = isa.find_usable()
 RUNNABLE = [path for path, needed in isa.PATHS.items() if needed <= HERE]
 # One step, a part of one, several and a rest; a row; fewer and more rows than are narrowed together.
 SIZES = [(K, N) for K in (1, 7, 16, 31, 160, 1030) for N in (1, 5, 33, 130)]
@@ -96,6 +98,19 @@ def test_what_is_not_finite_stays_in_its_row_and_column(library: Callable[..., i
     assert not out[[0, 2, 3]][:, 2].isfinite().any()
     keep = [0, 1, 3, 4, 5]
     assert torch.equal(out[[0, 2, 3]][:, keep], clean[[0, 2, 3]][:, keep])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx512_bf16" not in HERE, reason="what is around the tiles needs AVX-512")
+def test_tiles_of_an_emulated_amx(tmp_path: Path) -> None:
+    """The path of AMX with its tiles in plain C++: values and row bits, where no processor has them."""
+    own = (flag for flag in (*build.FLAGS, *build.PATH_FLAGS["avx512bf16"]) if flag != "-shared")
+    here = Path(__file__).parent
+    commands = [
+        (build.find_source(isa.TILES), (*own, "-DEMULATE_AMX", f"-I{here}")),
+        (here / "linear_check.cpp", ("-std=c++17", "-O2")),
+    ]
+    run_check(compile_program(shutil.which("g++") or "c++", commands, tmp_path, ("-fopenmp",)))
 
 
 @pytest.mark.slow
@@ -213,9 +228,7 @@ def test_choice(flags: set[str], environ: dict[str, str], bf16: bool, path: str,
 
 
 @pytest.mark.parametrize(("granted", "path"), [(True, "amx"), (False, "avx512")])
-def test_tiles_that_linux_does_not_give_are_not_used(
-    granted: bool, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_that_linux_does_not_give_are_not_used(granted: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isa, "read_flags", lambda: frozenset(SAPPHIRE_RAPIDS))
     monkeypatch.setattr(isa, "ask_for_tiles", lambda: granted)
     assert choose_path(environ={}) == path

@@ -21,7 +21,7 @@ COMPILERS = [
 ]
 ARM, QEMU = "aarch64-linux-gnu-g++", ("qemu-aarch64", "-cpu", "max")
 on_arm = pytest.mark.skipif(not (shutil.which(ARM) and shutil.which(QEMU[0])), reason="needs a compiler and qemu")
-X86_PATHS = [path for path, needed in isa.PATHS.items() if path != "neon" and needed <= isa.read_flags()]
+X86_PATHS = [path for path, needed in isa.PATHS.items() if path != "neon" and needed <= isa.find_usable()]
 
 
 @pytest.mark.skipif("avx2" not in isa.read_flags(), reason="needs an x86 processor")

@@ -190,7 +190,7 @@ def test_bf16_arithmetic_that_is_slow_is_left_out(
 ) -> None:
     kernels = cpu.load()
     assert kernels is not None
-    monkeypatch.setattr(cpu, "read_flags", lambda: flags)
+    monkeypatch.setattr(cpu, "find_usable", lambda: flags)
     monkeypatch.setattr(kernels, "paths", [cpu.CpuPath(name, "", True) for name in ("avx512bf16", "avx512", "avx2")])
     monkeypatch.delenv("LAGUNA_CPU_ISA", raising=False)
     if asked is not None:

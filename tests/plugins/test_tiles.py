@@ -23,7 +23,7 @@ ops.cpu_fused_moe(out, x, w13, w2, None, None, torch.ones(1, 1), torch.zeros(1, 
 )
 
 
-@pytest.mark.skipif("amx_tile" not in isa.read_flags(), reason="needs a processor with AMX")
+@pytest.mark.skipif("amx_tile" not in isa.find_usable(environ={}), reason="needs a processor with AMX")
 @pytest.mark.parametrize(("before", "status"), [("", -signal.SIGILL), (ASKS, 0)], ids=["stock", "asked"])
 def test_stock_kernels_use_tiles_without_asking(before: str, status: int) -> None:
     """When the first fails, vLLM asks for itself: `register` need not."""

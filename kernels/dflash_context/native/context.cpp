@@ -13,7 +13,7 @@
 
 namespace {
 
-// linear_bf16 of kernels/linear/native/product.cpp.
+// linear_bf16 of kernels/linear/native/product.cpp or tiles.cpp.
 using Product = int (*)(int64_t M, int64_t N, int64_t K, const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias, void* y, int threads);
 
 constexpr int64_t CHUNK = 256;  // rows whose scratch is held at once

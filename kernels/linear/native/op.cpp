@@ -19,7 +19,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// linear_bf16 of product.cpp.
+// linear_bf16 of product.cpp or tiles.cpp.
 using Product = int (*)(int64_t M, int64_t N, int64_t K, const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias, void* y, int threads);
 std::atomic<Product> product{nullptr};
 
@@ -55,7 +55,9 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   const void* added = bias.has_value() ? bias->const_data_ptr() : nullptr;
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   const int64_t x_stride = dims == 2 && rows_apart ? rows.stride(0) : K;
-  if (run(M, N, K, rows.const_data_ptr(), x_stride, weight.const_data_ptr(), weight.stride(0), added, out.mutable_data_ptr(), threads) != 0) throw std::bad_alloc();
+  const int status = run(M, N, K, rows.const_data_ptr(), x_stride, weight.const_data_ptr(), weight.stride(0), added, out.mutable_data_ptr(), threads);
+  if (status == 2) throw std::runtime_error("linear: expected Linux to give this process AMX's tiles, got none; set LAGUNA_CPU_ISA=avx512");
+  if (status != 0) throw std::bad_alloc();
   return out;
 }
 

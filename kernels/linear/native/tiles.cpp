@@ -20,7 +20,7 @@ constexpr int64_t GROUP = 2 * TILE;           // rows of w that are multiplied t
 constexpr int64_t HELD_BYTES = 1 << 20;       // of x, packed, that are held at once
 constexpr int64_t MIN_WORK = 1 << 18;         // multiplications under which another thread costs more than it does
 constexpr int64_t GATHERED = 3;               // rows of x up to which a product is read by columns, not transposed
-enum Status { OK = 0, NO_MEMORY = 1 };
+enum Status { OK = 0, NO_MEMORY = 1, NO_TILES = 2 };
 
 struct Problem {
   int64_t M, N, K;
@@ -82,8 +82,9 @@ void run_share(const Problem& p, const TileRows* packed, int64_t first_row, int6
     const int64_t counts[2] = {std::min(TILE, last - n), std::max<int64_t>(0, std::min(TILE, last - n - TILE))};
     const __mmask32 there = last - n >= GROUP ? ~__mmask32(0) : (__mmask32(1) << (last - n)) - 1;
     const RowPair rows = {w, counts[1] > 0 ? w + TILE * p.w_stride : w};
-    Ahead ahead = {{next, next + TILE * p.w_stride}, (TILE + passes - 1) / passes};
+    Ahead ahead = {{next, next + TILE * p.w_stride}, n + GROUP < last ? (TILE + passes - 1) / passes : 0};
     for (int64_t pass = 0; pass < passes; ++pass, ahead.move(steps)) {
+      if (pass == TILE) ahead.lines = 0;  // all were asked for
       const int64_t m = pass * 2 * TILE;
       const TileRows* x = packed + 2 * pass * steps;
       M - m > TILE ? multiply_rows<2>(rows, counts, p.w_stride, p.K, ahead, x, copies, products) : multiply_rows<1>(rows, counts, p.w_stride, p.K, ahead, x, copies, products);
@@ -122,8 +123,8 @@ void run_chunk(const Problem& p, int64_t first, int64_t M, TileRows* packed, int
 
 extern "C" int linear_bf16(int64_t M, int64_t N, int64_t K, const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias, void* y, int threads) {
   const Problem p{M, N, K, static_cast<const uint16_t*>(x), x_stride, static_cast<const uint16_t*>(w), w_stride, static_cast<const uint16_t*>(bias), static_cast<uint16_t*>(y)};
-  static const bool asked = ask_for_tiles();  // of Linux, for all threads; without, isa.py takes another path
-  (void)asked;
+  static const bool granted = ask_for_tiles();
+  if (!granted) return NO_TILES;
   struct alignas(64) Packed {
     TileRows rows;
   };
