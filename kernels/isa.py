@@ -53,8 +53,8 @@ class IsaError(ValueError):
 def ask_for_tiles() -> bool:
     """Ask Linux for AMX's registers, for all of this process; whether it may use them.
 
-    A process that was not given them dies of an illegal instruction at its first tile. oneDNN asks for itself, so do our
-    libraries; vLLM's own kernels (attention, small matrices, experts) have them only where somebody asked before.
+    A process that was not given them dies of an illegal instruction at its first tile. oneDNN asks for itself, so do
+    ours; vLLM's own kernels (attention, small matrices, experts) have them only where somebody asked before.
     """
     if platform.machine() != "x86_64" or "amx_tile" not in read_flags():
         return False
