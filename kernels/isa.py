@@ -58,7 +58,8 @@ def ask_for_tiles() -> bool:
     """
     if platform.machine() != "x86_64" or "amx_tile" not in read_flags():
         return False
-    return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
+    refused: int = ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA)
+    return not refused
 
 
 def read_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
