@@ -25,6 +25,7 @@ constexpr int64_t CHUNK = 4096;            // tokens whose scratch is held at on
 constexpr int64_t FEW = 4;                 // tokens of an expert, on average, up to which a thread takes a block
 constexpr int64_t TASKS = 8;               // of a worker, at least, where there are as many
 constexpr int64_t SHARED_ATOMS = 64;       // of a task, at least, that makes something of x
+constexpr int64_t APART_BYTES = 4 << 20;   // of chains' own sums, up to which they are kept apart
 constexpr int64_t KEPT_BYTES = 64 << 20;   // scratch that is kept for the next call, besides the workers' own
 constexpr int64_t LINE = 64;
 constexpr int64_t SIZES[DTYPES] = {4, 2, 2};
@@ -79,7 +80,7 @@ void share(const Team& team, int64_t tasks, F work) {
 struct Task {
   int32_t chosen;  // index of the expert among the chosen
   int32_t number;  // of the first block within it
-  int64_t place;   // of its first activation or partial row
+  int64_t place;   // of its expert's first activation
   int64_t blocks;
   int64_t begin, end;  // of its atoms
 };
@@ -124,7 +125,7 @@ class Batch {
     const int64_t bytes = call_.B * call_.H * size_of_weight(call_), scales = call_.B * groups_, block = find_start(task.chosen) + task.number;
     const char* gate = static_cast<const char*>(call_.w13) + block * 2 * bytes;
     const int64_t first = pairs_.first[task.chosen];
-    Block described = {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, nullptr, nullptr, nullptr, call_.H, call_.B, count_pairs(task.chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, own, nullptr, task.blocks, task.begin, task.end};
+    Block described = {gate, gate + bytes, static_cast<const char*>(call_.w2) + block * bytes, nullptr, nullptr, nullptr, call_.H, call_.B, count_pairs(task.chosen), &inputs_[first], &pairs_.weights[first], act, act_stride, own, nullptr, task.blocks, task.begin, task.end, false};
     if (call_.w13_scales != nullptr) {
       described.gate_scales = call_.w13_scales + block * 2 * scales;
       described.up_scales = described.gate_scales + scales;
@@ -133,41 +134,60 @@ class Batch {
     return described;
   }
 
-  void run_by_blocks() {
-    std::vector<Task> tasks;
-    std::vector<int64_t> first(call_.T + 1, 0);  // partial rows of each token
-    int64_t partials = 0;
-    for (size_t i = 0; i < pairs_.experts.size(); ++i) {
-      const int64_t width = count_blocks(i);
-      for (int64_t b = 0; b < width; ++b, partials += count_pairs(i)) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), partials, 1, 0, call_.B});
-      for (int64_t pair = pairs_.first[i]; pair < pairs_.first[i + 1]; ++pair) first[pairs_.tokens[pair] + 1] += width;
-    }
-    for (int64_t t = 0; t < call_.T; ++t) first[t + 1] += first[t];
-    const int64_t act_bytes = round_up(widest_ * call_.B * kernels_.act_size, LINE), own_bytes = act_bytes + scratch_bytes_;
-    char* memory = reserve(partials * stride_ * sizeof(float) + threads_ * own_bytes);
-    float* sums = reinterpret_cast<float*>(memory);
-    char* acts = memory + partials * stride_ * sizeof(float);
-    std::vector<const float*> rows(partials);
-    std::vector<int64_t> next(first.begin(), first.end() - 1);
+  // Rows of partial sums, one task's behind another's; those of token t are rows[first[t]] to rows[first[t + 1] − 1].
+  struct Partials {
+    std::vector<int64_t> starts, first;  // of each task, of each token
+    std::vector<int64_t> rows;
+    int64_t count = 0;
+  };
+
+  Partials arrange(const std::vector<Task>& tasks) const {
+    Partials partials;
+    partials.first.resize(call_.T + 1, 0);
     for (const Task& task : tasks) {
-      const int64_t pair = pairs_.first[task.chosen];
-      for (int64_t i = 0; i < count_pairs(task.chosen); ++i) rows[next[pairs_.tokens[pair + i]]++] = sums + (task.place + i) * stride_;
+      partials.starts.push_back(partials.count);
+      partials.count += count_pairs(task.chosen);
+      for (int64_t pair = pairs_.first[task.chosen]; pair < pairs_.first[task.chosen + 1]; ++pair) ++partials.first[pairs_.tokens[pair] + 1];
     }
-    share(team_, tasks.size(), [&](int64_t number, int64_t worker) {
-      const Task& task = tasks[number];
-      char* own = acts + worker * own_bytes;
-      Block block = describe(task, own, call_.B, own + act_bytes);
-      if (number + threads_ < static_cast<int64_t>(tasks.size())) block.next = describe(tasks[number + threads_], nullptr, 0, nullptr).gate;
-      kernels_.activate(block);
-      kernels_.add_rows(block, sums + task.place * stride_, stride_);
-    });
+    for (int64_t t = 0; t < call_.T; ++t) partials.first[t + 1] += partials.first[t];
+    partials.rows.resize(partials.count);
+    std::vector<int64_t> next(partials.first.begin(), partials.first.end() - 1);
+    for (size_t number = 0; number < tasks.size(); ++number) {
+      const int64_t pair = pairs_.first[tasks[number].chosen];
+      for (int64_t i = 0; i < count_pairs(tasks[number].chosen); ++i) partials.rows[next[pairs_.tokens[pair + i]]++] = partials.starts[number] + i;
+    }
+    return partials;
+  }
+
+  // Every token's partial rows, in the order of tasks, into its row of the output.
+  void add_partials(const Partials& partials, const float* sums) const {
     const int64_t pieces = (call_.H + REDUCED - 1) / REDUCED;
     share(team_, call_.T * pieces, [&](int64_t number, int64_t) {
       const int64_t t = number / pieces, column = number % pieces * REDUCED;
-      std::vector<const float*> from(rows.begin() + first[t], rows.begin() + first[t + 1]);
-      for (const float*& row : from) row += column;
+      std::vector<const float*> from;
+      for (int64_t i = partials.first[t]; i < partials.first[t + 1]; ++i) from.push_back(sums + partials.rows[i] * stride_ + column);
       reduce(from.data(), from.size(), t, column, std::min(REDUCED, call_.H - column));
     });
+  }
+
+  void run_by_blocks() {
+    std::vector<Task> tasks;
+    for (size_t i = 0; i < pairs_.experts.size(); ++i) {
+      for (int64_t b = 0; b < count_blocks(i); ++b) tasks.push_back({static_cast<int32_t>(i), static_cast<int32_t>(b), 0, 1, 0, call_.B});
+    }
+    const Partials partials = arrange(tasks);
+    const int64_t act_bytes = round_up(widest_ * call_.B * kernels_.act_size, LINE), own_bytes = act_bytes + scratch_bytes_;
+    char* memory = reserve(partials.count * stride_ * sizeof(float) + threads_ * own_bytes);
+    float* sums = reinterpret_cast<float*>(memory);
+    char* acts = memory + partials.count * stride_ * sizeof(float);
+    share(team_, tasks.size(), [&](int64_t number, int64_t worker) {
+      char* own = acts + worker * own_bytes;
+      Block block = describe(tasks[number], own, call_.B, own + act_bytes);
+      if (number + threads_ < static_cast<int64_t>(tasks.size())) block.next = describe(tasks[number + threads_], nullptr, 0, nullptr).gate;
+      kernels_.activate(block);
+      kernels_.add_rows(block, sums + partials.starts[number] * stride_, stride_);
+    });
+    add_partials(partials, sums);
   }
 
   // The chosen experts' blocks, at most `most` of one expert together; `places`: of their first activations.
@@ -218,7 +238,11 @@ class Batch {
       acts += find_act_stride(i) * count_act_rows(i);
       atoms += count_blocks(i) * call_.B;
     }
-    const int64_t sums_bytes = call_.T * stride_ * sizeof(float), act_bytes = round_up(acts * kernels_.act_size, LINE);
+    const std::vector<Task> added = list_tasks(count_chained(), places);
+    const Partials partials = kernels_.span == 0 ? Partials() : arrange(added);
+    const bool apart = kernels_.span != 0 && partials.count * stride_ * static_cast<int64_t>(sizeof(float)) <= APART_BYTES;
+    const int64_t rows_of_sums = apart ? partials.count : call_.T;
+    const int64_t sums_bytes = rows_of_sums * stride_ * sizeof(float), act_bytes = round_up(acts * kernels_.act_size, LINE);
     char* memory = reserve(sums_bytes + act_bytes + threads_ * scratch_bytes_);
     float* sums = reinterpret_cast<float*>(memory);
     char* act = memory + sums_bytes;
@@ -232,16 +256,34 @@ class Batch {
         std::memset(act + (places[i] + row * stride + used) * kernels_.act_size, 0, (stride - used) * kernels_.act_size);
       }
     }
-    std::vector<float*> rows(pairs_.tokens.size());
-    for (size_t i = 0; i < rows.size(); ++i) rows[i] = sums + pairs_.tokens[i] * stride_;
     const std::vector<Task> activated = kernels_.span == 0 ? list_tasks(1, places) : list_pieces(atoms, places);
     share(team_, activated.size(), [&](int64_t number, int64_t worker) {
       Block block = describe_task(activated[number], worker);
       if (number + threads_ < static_cast<int64_t>(activated.size())) block.next = find_gate(describe_task(activated[number + threads_], worker));
       kernels_.activate(block);
     });
-    const std::vector<Task> added = list_tasks(count_chained(), places);
     const int64_t columns = kernels_.columns, tiles = stride_ / columns, owners = std::min(threads_, tiles);
+    if (apart) {
+      // Few tokens: each chain reads its rows of `down` as a stream, and writes sums of its own; in ranges of columns where
+      // chains are fewer than workers have a use for.
+      const int64_t ranges = std::min(tiles, std::max<int64_t>(1, 2 * threads_ / std::max<int64_t>(1, added.size())));
+      const auto find_first = [&](int64_t range) { return range * tiles / ranges * columns; };
+      share(team_, added.size() * ranges, [&](int64_t number, int64_t worker) {
+        const int64_t range = number % ranges, first = find_first(range), after = number + threads_;
+        Block block = describe_task(added[number / ranges], worker);
+        block.alone = true;
+        if (after < static_cast<int64_t>(added.size()) * ranges) {
+          const char* next = static_cast<const char*>(describe_task(added[after / ranges], worker).down);
+          block.next = next + (find_first(after % ranges) - first) * size_of_weight(call_);
+        }
+        std::vector<float*> rows(block.count);
+        for (int64_t i = 0; i < block.count; ++i) rows[i] = sums + (partials.starts[number / ranges] + i) * stride_;
+        kernels_.add_columns(block, first, std::min(find_first(range + 1), call_.H) - first, rows.data());
+      });
+      return add_partials(partials, sums);
+    }
+    std::vector<float*> rows(pairs_.tokens.size());
+    for (size_t i = 0; i < rows.size(); ++i) rows[i] = sums + pairs_.tokens[i] * stride_;
     run_team(team_, owners, [&](int64_t begin, int64_t end) {
       const int64_t from = begin * tiles / owners * columns, to = std::min(end * tiles / owners * columns, call_.H);
       for (int64_t t = 0; t < call_.T; ++t) std::memset(sums + t * stride_ + from, 0, round_up(to - from, columns) * sizeof(float));

@@ -27,6 +27,7 @@ struct Block {
   const void* next;             // the rows of gate, or of `down`, that are probably read after these, or null
   int64_t blocks;               // 1, or as many of the expert as follow each other from this one: kernels with a `span`
   int64_t begin, end;           // of their atoms those that `activate` is for
+  bool alone;                   // `add_columns` writes sums, which nobody else adds to: kernels with a `span`
 };
 
 // Sums are rows of fp32 of a multiple of `columns`.  A sum over a block's atoms, or a chain's, starts from zero and takes the

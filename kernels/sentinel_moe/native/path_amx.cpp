@@ -103,11 +103,12 @@ void multiply_atoms(const Acts& acts, const TileRows* left, const TileRows* righ
   }
 }
 
-void add_to(float* const* rows, int64_t count, int64_t column, const TileSums left, const TileSums right) {
+void add_to(float* const* rows, int64_t count, int64_t column, bool alone, const TileSums left, const TileSums right) {
   for (int64_t t = 0; t < count && t < TILE; ++t) {
     float* to = rows[t] + column;
-    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_loadu_ps(left[t])));
-    _mm512_storeu_ps(to + TILE, _mm512_add_ps(_mm512_loadu_ps(to + TILE), _mm512_loadu_ps(right[t])));
+    const __m512 first = _mm512_loadu_ps(left[t]), second = _mm512_loadu_ps(right[t]);
+    _mm512_storeu_ps(to, alone ? first : _mm512_add_ps(_mm512_loadu_ps(to), first));
+    _mm512_storeu_ps(to + TILE, alone ? second : _mm512_add_ps(_mm512_loadu_ps(to + TILE), second));
   }
 }
 
@@ -136,7 +137,7 @@ void clear_ends(TileRows* tiles, int64_t count, int64_t atoms) {
 // Adds products, [strip of two tiles of columns][tile of tokens][half], to tokens' sums.
 void add_strips(const Block& block, int64_t first, int64_t strips, float* const* sums, const TileSums* products) {
   for (int64_t strip = 0; strip < strips; ++strip) {
-    for (int64_t token = 0; token < block.count; token += TILE, products += 2) add_to(sums + token, block.count - token, first + strip * COLUMNS, products[0], products[1]);
+    for (int64_t token = 0; token < block.count; token += TILE, products += 2) add_to(sums + token, block.count - token, first + strip * COLUMNS, block.alone, products[0], products[1]);
   }
 }
 
@@ -156,8 +157,8 @@ void add_products(const Block& block, const Acts& acts, const TileRows* left, co
     Acts own = acts;
     own.first += token / TILE * acts.tile;
     multiply_part(count < 2 * TILE ? count : 2 * TILE, own, left, right, steps, false, products);
-    add_to(sums + token, count, column, products[0], products[1]);
-    if (count > TILE) add_to(sums + token + TILE, count - TILE, column, products[2], products[3]);
+    add_to(sums + token, count, column, block.alone, products[0], products[1]);
+    if (count > TILE) add_to(sums + token + TILE, count - TILE, column, block.alone, products[2], products[3]);
   }
 }
 
