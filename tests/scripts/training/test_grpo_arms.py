@@ -161,12 +161,12 @@ def test_a_finished_run_is_printed_again_as_it_was(
     result = GrpoResult(environment=ENVIRONMENT, run=run.run, log=run.log, held_out_reward=held_out)
     write_result(config.out / "grpo.json", result)
     before = (config.out / "grpo.json").read_bytes()
-    assert grpo.run(config) == 0
+    assert grpo.run(config, always_json=False) == 0
     assert "held-out reward 0.300 → 0.950" in capsys.readouterr().out
     assert (config.out / "grpo.json").read_bytes() == before
     for other in (describe(tmp_path, steps=3), describe(tmp_path, gamma="adaptive")):
         with pytest.raises(CommandError, match="trained"):
-            grpo.run(other.describe("frozen", 0))
+            grpo.run(other.describe("frozen", 0), always_json=False)
 
 
 def test_unfinished_runs_are_compared_over_the_steps_that_all_have(tmp_path: Path) -> None:
