@@ -101,16 +101,32 @@ struct Ahead {
   }
 };
 
-// Products of two tiles of rows, of which `counts` are there, by TILES packed tiles: [tile][first or second].
+// Zeros for the sums of two products, or of four.
 template <int TILES>
-inline void multiply_rows(RowPair rows, const int64_t* counts, int64_t stride, int64_t length, Ahead ahead, const TileRows* packed, TileRows* copies, TileSums* products) {
-  const int64_t steps = count_steps(length);
+inline void clear_sums() {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (TILES == 2) {
     _tile_zero(2);
     _tile_zero(3);
   }
+}
+
+template <int TILES>
+inline void store_sums(TileSums* products) {
+  _tile_stored(0, products[0], 64);
+  _tile_stored(1, products[1], 64);
+  if constexpr (TILES == 2) {
+    _tile_stored(2, products[2], 64);
+    _tile_stored(3, products[3], 64);
+  }
+}
+
+// Products of two tiles of rows, of which `counts` are there, by TILES packed tiles: [tile][first or second].
+template <int TILES>
+inline void multiply_rows(RowPair rows, const int64_t* counts, int64_t stride, int64_t length, Ahead ahead, const TileRows* packed, TileRows* copies, TileSums* products) {
+  const int64_t steps = count_steps(length);
+  clear_sums<TILES>();
   for (int64_t s = 0; s < steps; ++s) {
     for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.rows.first + line * STEP, 0, 2);
     const Left first = find_left(rows.first + s * STEP, stride, counts[0], length - s * STEP, copies[0]);
@@ -129,12 +145,7 @@ inline void multiply_rows(RowPair rows, const int64_t* counts, int64_t stride, i
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, products[0], 64);
-  _tile_stored(1, products[1], 64);
-  if constexpr (TILES == 2) {
-    _tile_stored(2, products[2], 64);
-    _tile_stored(3, products[3], 64);
-  }
+  store_sums<TILES>(products);
 }
 
 #if defined(EMULATE_AMX)

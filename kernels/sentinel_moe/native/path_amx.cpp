@@ -76,12 +76,7 @@ void multiply_atoms(const Acts& acts, const TileRows* left, const TileRows* righ
       _tile_loadd(3, products[3], 64);
     }
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (TILES == 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    clear_sums<TILES>();
   }
   for (int64_t s = 0; s < steps; ++s) {
     _tile_loadd(6, left[s], 64);
@@ -95,12 +90,7 @@ void multiply_atoms(const Acts& acts, const TileRows* left, const TileRows* righ
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, products[0], 64);
-  _tile_stored(1, products[1], 64);
-  if constexpr (TILES == 2) {
-    _tile_stored(2, products[2], 64);
-    _tile_stored(3, products[3], 64);
-  }
+  store_sums<TILES>(products);
 }
 
 void add_to(float* const* rows, int64_t count, int64_t column, bool alone, const TileSums left, const TileSums right) {
@@ -315,12 +305,7 @@ struct Narrow {
   // A group of gate and of up times TILES packed tiles of tokens, times the rows' scales, into totals: [tile][gate or up].
   template <int TILES>
   static void add_group(const TileRows* decoded, const float* const* scales, int64_t groups, const TileRows* packed, int64_t steps, TileSums* products, TileSums* totals) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (TILES == 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    clear_sums<TILES>();
     settle_memory(decoded);
     for (int64_t s = 0; s < STEPS; ++s) {
       _tile_loadd(6, packed[s], 64);
@@ -334,12 +319,7 @@ struct Narrow {
         _tile_dpbf16ps(3, 5, 7);
       }
     }
-    _tile_stored(0, products[0], 64);
-    _tile_stored(1, products[1], 64);
-    if constexpr (TILES == 2) {
-      _tile_stored(2, products[2], 64);
-      _tile_stored(3, products[3], 64);
-    }
+    store_sums<TILES>(products);
     for (int i = 0; i < 2; ++i) {
       for (int64_t a = 0; a < TILE; ++a) {
         const __m512 scale = _mm512_set1_ps(scales[i][a * groups]);
