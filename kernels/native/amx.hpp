@@ -101,6 +101,31 @@ struct Ahead {
   }
 };
 
+// Copies two tiles of rows, of which `counts` are there, for `multiply_held`: [tile][step].
+inline void hold_rows(RowPair rows, const int64_t* counts, int64_t stride, int64_t length, TileRows* held) {
+  const int64_t steps = count_steps(length);
+  for (int64_t tile = 0; tile < 2; ++tile, held += steps) {
+    const uint16_t* row = tile == 0 ? rows.first : rows.second;
+    for (int64_t r = 0; r < TILE; ++r, row += r < counts[tile] ? stride : 0) {
+      for (int64_t s = 0; s < steps; ++s) {
+        const int64_t left = length - s * STEP;
+        const __mmask32 there = r >= counts[tile] ? 0 : left >= STEP ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
+        _mm512_store_si512(held[s][r], _mm512_maskz_loadu_epi16(there, row + s * STEP));
+      }
+    }
+  }
+}
+
+// Asks for lines of rows, one after the other in their order in memory; `stride` in bytes.
+struct Asker {
+  const char* row;
+  int64_t stride, lines, line = 0;
+  void ask() {
+    __builtin_prefetch(row + line * 64, 0, 2);
+    if (++line == lines) line = 0, row += stride;
+  }
+};
+
 // Zeros for the sums of two products, or of four.
 template <int TILES>
 inline void clear_sums() {
@@ -109,6 +134,16 @@ inline void clear_sums() {
   if constexpr (TILES == 2) {
     _tile_zero(2);
     _tile_zero(3);
+  }
+}
+
+template <int TILES>
+inline void load_sums(const TileSums* products) {
+  _tile_loadd(0, products[0], 64);
+  _tile_loadd(1, products[1], 64);
+  if constexpr (TILES == 2) {
+    _tile_loadd(2, products[2], 64);
+    _tile_loadd(3, products[3], 64);
   }
 }
 
@@ -145,6 +180,35 @@ inline void multiply_rows(RowPair rows, const int64_t* counts, int64_t stride, i
       _tile_dpbf16ps(3, 5, 7);
     }
   }
+  store_sums<TILES>(products);
+}
+
+// Products of two tiles of rows that are held by TILES packed ones, `apart` from each other: [tile][first or second].  What
+// is held stays in the first-level cache, past which packed tiles are loaded.  `more`: to those that are there already.
+template <int TILES>
+inline void multiply_held(const TileRows* held, int64_t steps, const TileRows* packed, int64_t apart, bool more, Asker& asker, int64_t lines, TileSums* products) {
+  if (more) {
+    settle_memory(products);
+    load_sums<TILES>(products);
+  } else {
+    clear_sums<TILES>();
+  }
+  settle_memory(held);
+  Asker own = asker;
+  for (int64_t s = 0; s < steps; ++s) {
+    for (int64_t line = 0; line < lines; ++line) own.ask();
+    _tile_stream_loadd(6, packed[s], 64);
+    _tile_loadd(4, held[s], 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, held[steps + s], 64);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (TILES == 2) {
+      _tile_stream_loadd(7, packed[apart + s], 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  asker = own;
   store_sums<TILES>(products);
 }
 

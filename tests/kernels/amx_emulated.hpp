@@ -78,10 +78,12 @@ inline void emulate_product(int c, int a, int b) {
 #undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
+#undef _tile_stream_loadd
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(config) emulate_config(config)
 #define _tile_release() (tiles.configured = false)
 #define _tile_zero(t) std::memset(tiles.data[t], 0, sizeof tiles.data[t])
 #define _tile_loadd(t, from, stride) emulate_load(t, from, stride)
+#define _tile_stream_loadd(t, from, stride) emulate_load(t, from, stride)
 #define _tile_stored(t, to, stride) emulate_store(t, to, stride)
 #define _tile_dpbf16ps(c, a, b) emulate_product(c, a, b)

@@ -62,6 +62,8 @@ int main() {
     check(M, 260, 1030, 3);
   }
   check(70, 40, 64, 2);
+  check(140, 40, 1030, 2);  // with AMX in parts of K
+  check(540, 33, 1030, 2);
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

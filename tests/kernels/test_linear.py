@@ -82,6 +82,17 @@ def test_strides(library: Callable[..., int]) -> None:
     assert torch.equal(launch.run_with(library, x[0], w, None, 1), plain[0])
 
 
+@pytest.mark.parametrize(("M", "K", "N"), [(600, 1070, 1088), (520, 1040, 1001), (200, 2100, 70)])
+def test_many_rows_have_the_bits_of_few(library: Callable[..., int], M: int, K: int, N: int) -> None:
+    """In more than are packed at once, parts of K, blocks of outputs and whole lines of a large result."""
+    x, w, bias = make(M, K + 8, N)
+    x, w = x[:, :K], torch.cat((w, w), 1)[:, :K]
+    few = torch.cat([launch.run_with(library, rows, w, bias, 1) for rows in x.split(60)])
+    assert_close(few[:9], x[:9], w, bias)
+    for threads in (1, 3):
+        assert torch.equal(launch.run_with(library, x, w, bias, threads), few)
+
+
 @pytest.mark.parametrize("shape", [(0, 8, 4), (3, 0, 4), (3, 8, 0)], ids=["no rows", "no inputs", "no outputs"])
 def test_empty(library: Callable[..., int], shape: tuple[int, int, int]) -> None:
     x, w, bias = make(*shape)

@@ -69,12 +69,7 @@ template <int TILES>
 void multiply_atoms(const Acts& acts, const TileRows* left, const TileRows* right, int64_t steps, bool more, TileSums* products) {
   settle_memory(acts.first);
   if (more) {
-    _tile_loadd(0, products[0], 64);
-    _tile_loadd(1, products[1], 64);
-    if constexpr (TILES == 2) {
-      _tile_loadd(2, products[2], 64);
-      _tile_loadd(3, products[3], 64);
-    }
+    load_sums<TILES>(products);
   } else {
     clear_sums<TILES>();
   }
@@ -101,16 +96,6 @@ void add_to(float* const* rows, int64_t count, int64_t column, bool alone, const
     _mm512_storeu_ps(to + TILE, alone ? second : _mm512_add_ps(_mm512_loadu_ps(to + TILE), second));
   }
 }
-
-// Asks for a range of columns of rows, a line after the other in their order in memory; `stride` in bytes.
-struct Asker {
-  const char* row;
-  int64_t stride, lines, line = 0;
-  void ask() {
-    __builtin_prefetch(row + line * 64, 0, 2);
-    if (++line == lines) line = 0, row += stride;
-  }
-};
 
 // Columns of `down`, in units of so many, that are held as tiles at once.
 int64_t count_kept(int64_t columns, int64_t steps, int64_t unit) {
