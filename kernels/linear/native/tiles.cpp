@@ -162,6 +162,12 @@ struct Plan {
   int64_t count_sums() const { return whole ? 0 : (tiles + 1) / 2 * 4 * groups; }
 };
 
+// Rows of x that are packed at once: where few rows of w meet them, as many as are cached meanwhile.
+int64_t choose_chunk(int64_t N, int64_t K) {
+  const int64_t cached = CACHED_BYTES / std::max<int64_t>(1, K * static_cast<int64_t>(sizeof(uint16_t))) / GROUP * GROUP;
+  return N > GROUPS * GROUP ? ROWS : std::min(ROWS, std::max(GROUP, cached));
+}
+
 // A tile of rows of x: [part][tile][step].
 void pack_tile(const Problem& p, const Plan& plan, int64_t first, int64_t count, int64_t tile, TileRows* packed) {
   const uint16_t* rows[TILE];
@@ -201,7 +207,8 @@ extern "C" int linear_bf16(int64_t M, int64_t N, int64_t K, const void* x, int64
   static_assert(sizeof(TileRows) == sizeof(TileSums), "memory is shared out in units of both");
   static thread_local std::vector<Packed> memory;
   if (M * N * K < 2 * MIN_WORK) threads = 1;
-  const Plan most(std::min(M, ROWS), K);
+  const int64_t chunk = choose_chunk(N, K);
+  const Plan most(std::min(M, chunk), K);
   const int64_t rows = most.tiles * most.steps;
   try {
     const size_t need = static_cast<size_t>(rows + threads * most.count_sums() + 1);
@@ -211,8 +218,8 @@ extern "C" int linear_bf16(int64_t M, int64_t N, int64_t K, const void* x, int64
   }
   TileRows* packed = &memory.data()->rows;
   TileSums* sums = reinterpret_cast<TileSums*>(packed + rows);
-  for (int64_t first = 0; first < M; first += ROWS) {
-    const int64_t now = std::min(ROWS, M - first);
+  for (int64_t first = 0; first < M; first += chunk) {
+    const int64_t now = std::min(chunk, M - first);
     run_chunk(p, Plan(now, K), first, now, packed, sums, threads);
   }
   return OK;
