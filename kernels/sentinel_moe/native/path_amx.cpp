@@ -24,6 +24,7 @@ constexpr int64_t STREAMED = 64;             // tokens up to which rows of `down
 constexpr int64_t PART = 64;                 // of such rows that are read together
 constexpr int64_t MOST_KEPT = 896 * TILE;    // columns times tiles of tokens whose products are kept meanwhile
 constexpr int64_t ROWS_AHEAD = 8;            // of `down` that are asked for early
+constexpr int64_t STRIPS = 8;                // of two tiles of columns whose products are added together, as rows of sums are long
 
 // Memory carved from a thread's scratch, in lines.
 struct Carver {
@@ -74,10 +75,10 @@ void multiply_atoms(const Acts& acts, const TileRows* left, const TileRows* righ
     clear_sums<TILES>();
   }
   for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(6, left[s], 64);
+    _tile_stream_loadd(6, left[s], 64);
     _tile_loadd(4, acts.first + s * acts.step, acts.row);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right[s], 64);
+    _tile_stream_loadd(7, right[s], 64);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (TILES == 2) {
       _tile_loadd(5, acts.first + acts.tile + s * acts.step, acts.row);
@@ -86,15 +87,6 @@ void multiply_atoms(const Acts& acts, const TileRows* left, const TileRows* righ
     }
   }
   store_sums<TILES>(products);
-}
-
-void add_to(float* const* rows, int64_t count, int64_t column, bool alone, const TileSums left, const TileSums right) {
-  for (int64_t t = 0; t < count && t < TILE; ++t) {
-    float* to = rows[t] + column;
-    const __m512 first = _mm512_loadu_ps(left[t]), second = _mm512_loadu_ps(right[t]);
-    _mm512_storeu_ps(to, alone ? first : _mm512_add_ps(_mm512_loadu_ps(to), first));
-    _mm512_storeu_ps(to + TILE, alone ? second : _mm512_add_ps(_mm512_loadu_ps(to + TILE), second));
-  }
 }
 
 // Columns of `down`, in units of so many, that are held as tiles at once.
@@ -109,10 +101,16 @@ void clear_ends(TileRows* tiles, int64_t count, int64_t atoms) {
   for (int64_t tile = 0; atoms % STEP != 0 && tile < count; ++tile) std::memset(tiles[tile * steps + steps - 1], 0, sizeof(TileRows));
 }
 
-// Adds products, [strip of two tiles of columns][tile of tokens][half], to tokens' sums.
-void add_strips(const Block& block, int64_t first, int64_t strips, float* const* sums, const TileSums* products) {
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    for (int64_t token = 0; token < block.count; token += TILE, products += 2) add_to(sums + token, block.count - token, first + strip * COLUMNS, block.alone, products[0], products[1]);
+// Adds products of one tile of tokens to their rows of sums, a row's strips together; from a strip to the next `apart`.
+void add_strips(const Block& block, int64_t token, int64_t column, int64_t strips, float* const* sums, const TileSums* products, int64_t apart) {
+  for (int64_t t = 0; t < TILE && token + t < block.count; ++t) {
+    float* to = sums[token + t] + column;
+    const TileSums* from = products;
+    for (int64_t strip = 0; strip < strips; ++strip, from += apart, to += COLUMNS) {
+      const __m512 first = _mm512_loadu_ps(from[0][t]), second = _mm512_loadu_ps(from[1][t]);
+      _mm512_storeu_ps(to, block.alone ? first : _mm512_add_ps(_mm512_loadu_ps(to), first));
+      _mm512_storeu_ps(to + TILE, block.alone ? second : _mm512_add_ps(_mm512_loadu_ps(to + TILE), second));
+    }
   }
 }
 
@@ -125,15 +123,20 @@ void multiply_part(int64_t count, const Acts& acts, const TileRows* left, const 
   }
 }
 
-// Adds all tokens' products of two tiles of columns to their sums.
-void add_products(const Block& block, const Acts& acts, const TileRows* left, const TileRows* right, int64_t steps, int64_t column, float* const* sums, TileSums* products) {
+// Adds all tokens' products by so many strips of two tiles of columns to their sums, from `column` on; products: [strip][4].
+void add_products(const Block& block, const Acts& acts, const TileRows* tiles, int64_t steps, int64_t column, int64_t strips, float* const* sums, TileSums* products) {
   for (int64_t token = 0; token < block.count; token += 2 * TILE) {
-    const int64_t count = block.count - token;
     Acts own = acts;
     own.first += token / TILE * acts.tile;
-    multiply_part(count < 2 * TILE ? count : 2 * TILE, own, left, right, steps, false, products);
-    add_to(sums + token, count, column, block.alone, products[0], products[1]);
-    if (count > TILE) add_to(sums + token + TILE, count - TILE, column, block.alone, products[2], products[3]);
+    for (int64_t first = 0; first < strips; first += STRIPS) {
+      const int64_t now = strips - first < STRIPS ? strips - first : STRIPS;
+      for (int64_t strip = 0; strip < now; ++strip) {
+        const TileRows* left = tiles + 2 * (first + strip) * steps;
+        multiply_part(block.count - token < 2 * TILE ? block.count - token : 2 * TILE, own, left, left + steps, steps, false, products + 4 * strip);
+      }
+      add_strips(block, token, column + first * COLUMNS, now, sums, products, 4);
+      add_strips(block, token + TILE, column + first * COLUMNS, now, sums, products + 2, 4);
+    }
   }
 }
 
@@ -141,10 +144,10 @@ void add_products(const Block& block, const Acts& acts, const TileRows* left, co
 
 int64_t longest_chain(int64_t B) { return 2 * B > SPAN ? 2 * B : SPAN; }
 
-// The most tiles that are held in `add_columns`, and four products.
+// The most tiles that are held in `add_columns`, and products of strips.
 int64_t count_combined(int64_t B, int64_t unit) {
   const int64_t most = count_steps(longest_chain(B)), bytes = HELD_BYTES / static_cast<int64_t>(sizeof(TileRows));
-  return (bytes > unit / TILE * most ? bytes : unit / TILE * most) + 4;
+  return (bytes > unit / TILE * most ? bytes : unit / TILE * most) + 4 * STRIPS;
 }
 
 struct Dense {
@@ -237,7 +240,7 @@ struct Dense {
         multiply_part(block.count, acts, tiles, tiles + steps, steps, atom > 0, products + strip * each);
       }
     }
-    add_strips(block, first, strips, sums, products);
+    for (int64_t tile = 0; tile < each / 2; ++tile) add_strips(block, tile * TILE, first, strips, sums, products + 2 * tile, each);
   }
 
   static void add_columns(const Block& block, int64_t first, int64_t columns, float* const* sums) {
@@ -246,17 +249,14 @@ struct Dense {
     const int64_t atoms = block.blocks * block.B, steps = count_steps(atoms), end = first + columns, kept = count_kept(columns, steps, COLUMNS);
     Carver memory{static_cast<char*>(block.scratch)};
     TileRows* tiles = memory.take<TileRows>(kept / TILE * steps);
-    TileSums* products = memory.take<TileSums>(4);
+    TileSums* products = memory.take<TileSums>(4 * STRIPS);
     clear_ends(tiles, kept / TILE, atoms);
     const int64_t stride = block.act_stride * static_cast<int64_t>(sizeof(uint16_t));
     const Acts acts = {static_cast<const char*>(block.act), TILE * stride, STEP * static_cast<int64_t>(sizeof(uint16_t)), stride};
     for (int64_t column = first; column < end; column += kept) {
       const int64_t now = end - column < kept ? end - column : kept;
       pack_rows(block, column, now, steps, tiles);
-      for (int64_t c = 0; c < now; c += COLUMNS) {
-        const TileRows* left = tiles + c / TILE * steps;
-        add_products(block, acts, left, left + steps, steps, column + c, sums, products);
-      }
+      add_products(block, acts, tiles, steps, column, (now + COLUMNS - 1) / COLUMNS, sums, products);
     }
   }
 
@@ -417,7 +417,8 @@ struct Narrow {
         }
       }
     }
-    add_strips(block, first, (columns + Codes::UNIT - 1) / Codes::UNIT * (Codes::UNIT / COLUMNS), sums, products);
+    const int64_t written = (columns + Codes::UNIT - 1) / Codes::UNIT * (Codes::UNIT / COLUMNS);
+    for (int64_t tile = 0; tile < each / 2; ++tile) add_strips(block, tile * TILE, first, written, sums, products + 2 * tile, each);
   }
 
   static void add_columns(const Block& block, int64_t first, int64_t columns, float* const* sums) {
@@ -427,7 +428,7 @@ struct Narrow {
     const int64_t end = first + columns, kept = count_kept(columns, steps, SCALED);
     Carver memory{static_cast<char*>(block.scratch)};
     TileRows *tiles = memory.take<TileRows>(kept / TILE * steps), *acts = memory.take<TileRows>(2 * steps);
-    TileSums* products = memory.take<TileSums>(4);
+    TileSums* products = memory.take<TileSums>(4 * STRIPS);
     float* scales = memory.take<float>(atoms);
     clear_ends(tiles, kept / TILE, atoms);
     clear_ends(acts, 2, atoms);
@@ -441,10 +442,8 @@ struct Narrow {
           Block some = block;
           some.count = block.count - token < 2 * TILE ? block.count - token : 2 * TILE;
           for (int64_t tile = 0; tile < count_tiles(some.count); ++tile) scale_acts(block, token + tile * TILE, atoms, scales, acts + tile * steps);
-          for (int64_t i = c; i < c + SCALED && column + i / Codes::UNIT * Codes::UNIT < H; i += 2 * TILE) {
-            const TileRows* left = tiles + i / TILE * steps;
-            add_products(some, scaled, left, left + steps, steps, column + i, sums + token, products);
-          }
+          const int64_t rest = (H - column - c + Codes::UNIT - 1) / Codes::UNIT * Codes::UNIT;
+          add_products(some, scaled, tiles + c / TILE * steps, steps, column + c, (rest < SCALED ? rest : SCALED) / COLUMNS, sums + token, products);
         }
       }
     }
