@@ -37,7 +37,7 @@ class Scheduler:
         self.budgets = dict(budgets)
         for name, model in list(self.models.items()):
             if name not in terms:
-                self._drop(model, "a reloaded configuration no longer has the gateway run this model; send the request again")
+                self._drop(model, "the configuration was reloaded, and the gateway no longer starts this model")
         for name, each in terms.items():
             model = self.models.setdefault(name, OwnedModel(name, each))
             if each.pinned and (model.loads == 0 or not model.terms.pinned):
