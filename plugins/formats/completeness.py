@@ -26,6 +26,8 @@ WHOLE = "DefaultModelLoader.get_all_weights"
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 EXPERTS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 ROUTED = re.compile(r"(.*\.experts)\.(?:routed_experts\.)?(w13|w2)_(.+)")
+# The module that holds the experts' matrices: vLLM before 0.32 leaves it out of the names that it says it has set.
+HOLDER = ".routed_experts."
 BIAS = "e_score_correction_bias"
 # What no checkpoint need have: scales of activations and of the KV cache, a quantiser's notes, a drafter's own mask.
 OPTIONAL = re.compile(
@@ -93,7 +95,7 @@ def list_missing(model: nn.Module, stored: Collection[str], loaded: Collection[s
         lacking = [part for part in parts if _shorten(part) not in stored]
         if quantised:  # one tensor of a matrix stands for all
             lacking = [part for part in lacking if _name_matrix(_shorten(part)) not in matrices]
-        if loaded is not None and full in loaded:
+        if loaded is not None and (full in loaded or full.replace(HOLDER, ".") in loaded):
             missing += lacking if len(lacking) < len(parts) else []  # else it came merged already
         elif loaded is None or quantised:
             missing += lacking

@@ -34,6 +34,7 @@ def make_model(*names: str, size: int = 1, **attributes: Any) -> Any:
 PLAIN = ("model.norm.weight", "lm_head.weight")
 QKV = f"{ATTENTION}.qkv_proj.weight"
 PARTS = [f"{ATTENTION}.{part}_proj.weight" for part in "qkv"]
+W2, DOWN = "model.layers.0.mlp.experts.routed_experts.w2_weight", "layers.0.mlp.experts.0.down_proj.weight"
 STORED = {part.removeprefix("model.") for part in PARTS}
 
 
@@ -57,6 +58,10 @@ STORED = {part.removeprefix("model.") for part in PARTS}
         (["a.mlp.gate.e_score_correction_bias"], {"a.mlp.experts.e_score_correction_bias"}, None, []),
         (["a.attn.k_scale", "a.input_global_scale", "a.mask_embedding", "a.weight_g_idx"], set(), None, []),
         (["a.q_norm_scale", "a.scale"], set(), None, ["a.q_norm_scale", "a.scale"]),
+        ([W2], {DOWN}, {W2}, []),
+        ([W2], {DOWN}, {W2.replace(".routed_experts", "")}, []),  # as vLLM before 0.32 names what it has set
+        ([W2], set(), {W2.replace(".routed_experts", "")}, []),  # merged by the model
+        ([W2], {DOWN}, set(), [W2]),  # read and not set
     ],
 )
 def test_missing_tensors_by_name(
