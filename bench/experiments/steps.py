@@ -31,7 +31,7 @@ KERNELS = (
         command=(PYTHON, "-m", "laguna_serve.serving.cli", "doctor", "--json"),
         rehearsal=(PYTHON, "-m", "laguna_serve.serving.cli", "doctor", "--json"),
         expected="LagunaForCausalLM (router bias loaded), LagunaDenseForCausalLM and LagunaSentinelForCausalLM resolve"
-        " to ours, both drafters to vLLM's own classes; exit 0",
+        " to ours, DFlashLagunaForCausalLM too, DFlashDraftModel to vLLM's own class; exit 0",
         why="what is overridden on a GPU",
         work_s=30,
     ),
