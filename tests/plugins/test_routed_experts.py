@@ -11,6 +11,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,25 @@ def test_experts_of_preempted_requests(teacher: Any, speculation: dict[str, Any]
 
 def test_experts_from_a_compiled_graph(teacher: Any) -> None:
     check_all(teacher, run(CHUNKS | {"enforce_eager": False, "speculative_config": DRAFTER}))
+
+
+@pytest.mark.parametrize("before_0_31", [True, False])
+def test_what_would_return_zeros_is_refused(monkeypatch: pytest.MonkeyPatch, before_0_31: bool) -> None:
+    """Before vLLM 0.28 nothing but its own routers was asked for experts."""
+    from vllm.model_executor.layers.fused_moe import routed_experts_capturer
+
+    from laguna_serve.plugins.routed_experts.tap import refuse_silence, returns_experts
+
+    asks, silent = (SimpleNamespace(enable_return_routed_experts=asked) for asked in (True, False))
+    said = {"model_config": asks} if before_0_31 else {"aux_output_config": asks, "model_config": None}
+    config = SimpleNamespace(**said)
+    assert returns_experts(config)
+    refuse_silence(config)
+    monkeypatch.delattr(routed_experts_capturer, "RoutedExpertsCaptureSource")
+    with pytest.raises(ValueError, match=r"--return-routed-experts: expected vLLM 0\.28 or later with a pruned model"):
+        refuse_silence(config)
+    setattr(config, "model_config" if before_0_31 else "aux_output_config", silent)
+    refuse_silence(config)
 
 
 def test_experts_of_a_pruned_model(make_checkpoint: Any) -> None:

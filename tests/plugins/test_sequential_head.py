@@ -133,6 +133,11 @@ def test_the_other_runner_drafts_the_same() -> None:
     assert torch.equal(speculator.draft_tokens[:requests], expected)
     assert not torch.equal(expected, (hidden @ matrix.T).argmax(-1))
     assert predicted == [(0, place, [0, 1], requests) for place in range(gamma)]
+    del speculator._maybe_predict_acceptance
+    with pytest.raises(
+        ValueError, match=r"sequential head: expected vLLM 0\.30 or later on this device, got .*; upgrade"
+    ):
+        generate_draft(speculator, pytest.fail, requests, len(states))
     inner.sequential_head = None
     asked: list[int] = []
     generate_draft(speculator, lambda _self, *given: asked.extend(given), requests, len(states))

@@ -102,7 +102,9 @@ def test_update_equals_a_restart_and_a_failed_one_changes_nothing(
     """Compiled, with a drafter: the weights that the graphs know, those that are packed aside and the fused ones."""
     # Both engines start from one path, as what vLLM compiles it keeps by path.
     start = shutil.copytree(TEACHER, tmp_path / "teacher")
-    settings = {"dtype": "bfloat16", "enforce_eager": False, "prompts": PROMPTS}
+    # A CPU packs bfloat16 alone; a GPU rounds it by the number of rows, which a drafter decides: near ties fall.
+    dtype = "float32" if torch.cuda.is_available() else "bfloat16"
+    settings = {"dtype": dtype, "enforce_eager": False, "prompts": PROMPTS}
     digest = {"model.safetensors": hashlib.sha256((new_teacher / "model.safetensors").read_bytes()).hexdigest()}
     updates = [
         {"folder": str(TEACHER)},
@@ -170,6 +172,7 @@ def test_dense_student_and_speculators_drafter_take_new_weights(
     assert report["accepted"][-1] == report["accepted"][0]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="experts are packed for a CPU alone")
 def test_stock_experts_are_packed_once(run_model: Callable[..., dict[str, Any]]) -> None:
     """When this fails, vLLM packs the experts again by itself: retire `process_experts` of models/laguna_cpu.py."""
     stock = run_model(TEACHER, unmended="process_experts", reload=[str(TEACHER)], prompts=PROMPTS)

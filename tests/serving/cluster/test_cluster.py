@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PYTHON = ROOT / ".venv-ray" / "bin" / "python"
 HERE = Path(__file__).parent
 needs_ray = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-ray: bash scripts/client_env.sh ray makes it")
-PATIENCE_S = 500
+PATIENCE_S = 900
 
 
 def tables(**engine: Any) -> dict[str, Any]:
@@ -38,6 +38,8 @@ def run_inside(names: list[str], folder: Path) -> None:
         "-p",
         "no:xdist",
     ]
+    # Where it hangs is shown before it is given up.
+    command += ["-o", f"faulthandler_timeout={PATIENCE_S * 2 // 3}"]
     command += ["--basetemp", str(folder / "run"), "-o", "filterwarnings=", "--disable-warnings", "--tb=short"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(

@@ -20,6 +20,7 @@ from serving_fakes import FAKE_SITE
 from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
 from laguna_serve.serving.commands.doctor import InstallProblem, find_problems
 from laguna_serve.serving.commands.probe_report import ProbeReport
+from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.memory import total_bytes
 
 pytestmark = pytest.mark.slow
@@ -212,6 +213,15 @@ def test_variable_that_kernels_refuse_is_named_once(
     report = msgspec.convert(said, ProbeReport)
     expected = "LAGUNA_CPU_KERNELS: expected vllm or nothing, got 'x'"
     assert find_problems(report, None) == [InstallProblem(expected, "unset LAGUNA_CPU_KERNELS, or correct it")]
+
+
+def test_gpu_that_does_not_compute_is_a_problem(environment: Environment) -> None:
+    environment.install_vllm()
+    error = "RuntimeError: The NVIDIA driver on your system is too old\n(found version 12080). (cuda.py:1)"
+    report = msgspec.convert(environment.diagnose()[2] | {"gpu_error": error}, ProbeReport)
+    (problem,) = find_problems(report, Device("gpu", "NVIDIA H200", 141 * 10**9, 140 * 10**9))
+    assert problem.what == f"device: expected torch to compute on the GPU, got {' '.join(error.split())}"
+    assert problem.remedy.startswith("update the driver")
 
 
 def test_class_that_is_not_ours_is_named(environment: Environment) -> None:
