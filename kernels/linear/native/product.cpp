@@ -52,6 +52,9 @@ constexpr int ROWS_OF_WIDE = 1;
 typedef float Prepared;
 #endif
 constexpr int STEP = 2 * LANES;               // elements of K in a register of weights
+constexpr int64_t APART = LANES == 8 ? 8 : 0; // between rows of x, so that two loads of half a line meet other banks
+constexpr int64_t HALF_CACHE = 4096;          // elements of a prepared row of x that take half of the first-level cache
+constexpr int64_t ALIASED = 2048;             // elements of w after which a first-level cache begins again
 constexpr int64_t GROUP = 32;                 // rows of w whose outputs are narrowed together
 constexpr int64_t CHUNK = 256;                // rows of x that are held at once as tiles read them
 constexpr int64_t BLOCK_BYTES = 128 << 10;    // weights that stay in the cache for all rows of a chunk
@@ -61,6 +64,14 @@ enum Status { OK = 0, NO_MEMORY = 1 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+
+// Keeps a value in a register, which compilers would load again for every use of it.
+inline vec hold(vec v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
 
 inline vec even(words pairs) { return reinterpret_cast<vec>(pairs << 16); }
 inline vec odd(words pairs) { return reinterpret_cast<vec>(pairs & 0xffff0000u); }
@@ -188,6 +199,7 @@ struct Problem {
   const uint16_t* bias;  // [N], or null
   uint16_t* y;           // [M][N]
   int64_t padded() const { return (K + STEP - 1) / STEP * STEP; }
+  int64_t row() const { return padded() + APART; }  // from a prepared row of x to the next
 };
 
 #if defined(__AVX512BF16__)
@@ -224,9 +236,9 @@ inline void tile_step(const float* const* x, const words* pairs, int64_t k, vec*
     vec low[WIDTH], high[WIDTH];
     for (int r = 0; r < WIDTH; ++r) low[r] = even(pairs[r]), high[r] = odd(pairs[r]);
     for (int m = 0; m < M; ++m) {
-      const vec evens = *reinterpret_cast<const vec*>(x[m] + k);
+      const vec evens = hold(*reinterpret_cast<const vec*>(x[m] + k));
       for (int r = 0; r < WIDTH; ++r) sums[m * WIDTH + r] = multiply_add(low[r], evens, sums[m * WIDTH + r]);
-      const vec odds = *reinterpret_cast<const vec*>(x[m] + k + LANES);
+      const vec odds = hold(*reinterpret_cast<const vec*>(x[m] + k + LANES));
       for (int r = 0; r < WIDTH; ++r) sums[m * WIDTH + r] = multiply_add(high[r], odds, sums[m * WIDTH + r]);
     }
   }
@@ -264,14 +276,13 @@ inline void run_tile(const Prepared* const* x, const uint16_t* w, int64_t w_stri
 // What a pass over rows of w asks memory for beforehand: its own tiles, the block that is read after it, or nothing.
 enum class Fetch { TILES, BLOCK, NOTHING };
 
-// M rows of x by the rows of w from `first` to `last`; y: the first of the M rows.  `block`: rows from a block to the next.
-template <int M, Fetch FETCH>
+// M rows of x by the rows of w from `first` to `last`, WIDTH at once; y: the first of the M rows.  `block`: rows from a block to the next.
+template <int M, int WIDTH, Fetch FETCH>
 void run_rows(const Problem& p, const Prepared* rows, int64_t first, int64_t last, int64_t block, uint16_t* y) {
   constexpr bool SOME = FETCH != Fetch::NOTHING;
-  constexpr int WIDTH = M <= ROWS_OF_WIDE ? 8 : MANY_REGISTERS || M == 2 ? 4 : 2;
   const int64_t ahead = FETCH == Fetch::BLOCK ? block * p.w_stride : std::max(WIDTH * p.w_stride, FETCH_AHEAD);
   const Prepared* x[M];
-  for (int m = 0; m < M; ++m) x[m] = rows + m * p.padded();
+  for (int m = 0; m < M; ++m) x[m] = rows + m * p.row();
   float out[M * GROUP];
   for (int64_t n = first; n < last; n += GROUP) {
     const int64_t count = std::min(GROUP, last - n);
@@ -291,14 +302,25 @@ void run_rows(const Problem& p, const Prepared* rows, int64_t first, int64_t las
   }
 }
 
+template <int M, int WIDTH>
+void run_width(Fetch fetch, const Problem& p, const Prepared* rows, int64_t first, int64_t last, int64_t block, uint16_t* y) {
+  switch (fetch) {
+    case Fetch::TILES: run_rows<M, WIDTH, Fetch::TILES>(p, rows, first, last, block, y); break;
+    case Fetch::BLOCK: run_rows<M, WIDTH, Fetch::BLOCK>(p, rows, first, last, block, y); break;
+    case Fetch::NOTHING: run_rows<M, WIDTH, Fetch::NOTHING>(p, rows, first, last, block, y); break;
+  }
+}
+
 // The same for a number of rows of x that is known when it runs, at most MOST.
 template <int MOST = MOST_ROWS>
 void run_some_rows(int64_t M, Fetch fetch, const Problem& p, const Prepared* rows, int64_t first, int64_t last, int64_t block, uint16_t* y) {
   if (M == MOST) {
-    switch (fetch) {
-      case Fetch::TILES: run_rows<MOST, Fetch::TILES>(p, rows, first, last, block, y); break;
-      case Fetch::BLOCK: run_rows<MOST, Fetch::BLOCK>(p, rows, first, last, block, y); break;
-      case Fetch::NOTHING: run_rows<MOST, Fetch::NOTHING>(p, rows, first, last, block, y); break;
+    constexpr int WIDTH = MOST <= ROWS_OF_WIDE ? 8 : MANY_REGISTERS || MOST == 2 ? 4 : 2;
+    // Eight rows of w that share their sets of the first-level cache, or find it full of x, push each other out.
+    if (!MANY_REGISTERS && WIDTH == 8 && (p.w_stride % ALIASED == 0 || p.K > HALF_CACHE)) {
+      run_width<MOST, 4>(fetch, p, rows, first, last, block, y);
+    } else {
+      run_width<MOST, WIDTH>(fetch, p, rows, first, last, block, y);
     }
   } else if constexpr (MOST > 1) {
     run_some_rows<MOST - 1>(M, fetch, p, rows, first, last, block, y);
@@ -313,7 +335,7 @@ void run_share(const Problem& p, const Prepared* rows, int64_t M, int64_t first,
     while (m < M) {
       const int64_t left = M - m, now = left == 7 || left == 8 ? 4 : std::min<int64_t>(left, MOST_ROWS);
       const Fetch fetch = m == 0 ? Fetch::TILES : now == left ? Fetch::BLOCK : Fetch::NOTHING;
-      run_some_rows(now, fetch, p, rows + m * p.padded(), n, std::min(last, n + block), block, y + m * p.N);
+      run_some_rows(now, fetch, p, rows + m * p.row(), n, std::min(last, n + block), block, y + m * p.N);
       m += now;
     }
   }
@@ -323,14 +345,14 @@ void run_chunk(const Problem& p, int64_t first_row, int64_t M, Prepared* rows, i
   const uint16_t* x = p.x + first_row * p.x_stride;
   uint16_t* y = p.y + first_row * p.N;
   if (threads == 1) {
-    for (int64_t m = 0; m < M; ++m) prepare_row(x + m * p.x_stride, p.K, rows + m * p.padded());
+    for (int64_t m = 0; m < M; ++m) prepare_row(x + m * p.x_stride, p.K, rows + m * p.row());
     run_share(p, rows, M, 0, p.N, y);
     return;
   }
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < M; ++m) prepare_row(x + m * p.x_stride, p.K, rows + m * p.padded());
+    for (int64_t m = 0; m < M; ++m) prepare_row(x + m * p.x_stride, p.K, rows + m * p.row());
     const int64_t units = (p.N + 7) / 8, team = omp_get_num_threads(), own = omp_get_thread_num();
     run_share(p, rows, M, units * own / team * 8, std::min(p.N, units * (own + 1) / team * 8), y);
   }
@@ -342,7 +364,7 @@ extern "C" int linear_bf16(int64_t M, int64_t N, int64_t K, const void* x, int64
   const Problem p{M, N, K, static_cast<const uint16_t*>(x), x_stride, static_cast<const uint16_t*>(w), w_stride, static_cast<const uint16_t*>(bias), static_cast<uint16_t*>(y)};
   static thread_local std::vector<Line> rows;
   try {
-    const size_t need = static_cast<size_t>(std::min(M, CHUNK) * p.padded() * sizeof(Prepared) / sizeof(Line) + 1);
+    const size_t need = static_cast<size_t>(std::min(M, CHUNK) * p.row() * sizeof(Prepared) / sizeof(Line) + 1);
     if (rows.size() < need) rows.resize(need);
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;
