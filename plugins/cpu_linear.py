@@ -47,13 +47,19 @@ def takes_over() -> bool:
     return uses_linear_op() and load_library() is not None
 
 
+def takes(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Say whether the op multiplies by a layer's weight: a matrix in bfloat16 whose rows lie in memory one by one."""
+    rows = weight.dim() == 2 and (weight.stride(1) == 1 or weight.shape[1] <= 1)
+    return rows and weight.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16)
+
+
 def wrap_dispatch(stock: Dispatch) -> Dispatch:
     """`dispatch_cpu_unquantized_gemm` that gives bf16 matrices our product and leaves the others to `stock`."""
 
     @functools.wraps(stock)
     def dispatch(layer: Any, remove_weight: bool) -> None:
         weight: torch.Tensor = layer.weight
-        if weight.is_meta or weight.dim() != 2 or weight.dtype != torch.bfloat16 or load_library() is None:
+        if weight.is_meta or not takes(weight, getattr(layer, "bias", None)) or load_library() is None:
             stock(layer, remove_weight)
             return
         layer.cpu_linear = linear

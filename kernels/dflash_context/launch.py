@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from laguna_serve.kernels.isa import choose_path
 from laguna_serve.kernels.linear import load_library as load_product
 from laguna_serve.kernels.linear.build import FLAGS, PATH_FLAGS
+from laguna_serve.kernels.linear.launch import require_tiles
 from laguna_serve.kernels.toolchain import BuildError, keep_compiled
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ class Context:
         Raises:
             ValueError: a dtype, shape or stride is not as above.
             MemoryError: no room for the rows of some hundred states.
+            RuntimeError: Linux gives this process no tiles of AMX.
         """
         layers, heads, size = self._shape
         rows, width = len(positions), self._weights.fc.shape[1]
@@ -138,6 +140,7 @@ class Context:
             raise MemoryError(
                 f"a drafter's context: expected room for {min(rows, 256)} rows, got none; free some memory"
             )
+        require_tiles(status)
         assert status == OK
         return keys, values
 

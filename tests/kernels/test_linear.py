@@ -99,6 +99,8 @@ def test_empty(library: Callable[..., int], shape: tuple[int, int, int]) -> None
     out = launch.run_with(library, x, w, bias, 2)
     assert out.shape == (shape[0], shape[2])
     assert torch.equal(out, linear_reference(x, w, bias))
+    several = x.reshape(1, *x.shape)
+    assert torch.equal(launch.run_with(library, several, w, bias, 2), out[None])
 
 
 def test_what_is_not_finite_stays_in_its_row_and_column(library: Callable[..., int]) -> None:

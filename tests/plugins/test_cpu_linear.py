@@ -52,9 +52,10 @@ def test_the_model_still_writes_code(held_to_avx2: dict[str, Any]) -> None:
         (torch.zeros(4, 8), False),
         (torch.zeros(4, 8, dtype=torch.float16), False),
         (torch.zeros(4, 1, 4, dtype=torch.bfloat16), False),
+        (torch.zeros(8, 4, dtype=torch.bfloat16).T, False),
         (torch.zeros(4, 8, dtype=torch.bfloat16, device="meta"), False),
     ],
-    ids=["bf16", "fp32", "fp16", "convolution", "missing"],
+    ids=["bf16", "fp32", "fp16", "convolution", "turned over", "missing"],
 )
 def test_others_are_left_to_vllm(
     library: Any, weight: torch.Tensor, taken: bool, monkeypatch: pytest.MonkeyPatch
@@ -68,6 +69,17 @@ def test_others_are_left_to_vllm(
     assert left == ([] if taken else [(layer, True)])
     assert (getattr(layer, "cpu_linear", None) is cpu_linear.linear) == taken
     assert layer.weight is weight
+
+
+def test_layer_with_a_wide_bias_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "load_library", lambda: len)
+    left: list[Any] = []
+    layer = torch.nn.Linear(4, 8, dtype=torch.bfloat16)
+    layer.bias = torch.nn.Parameter(torch.zeros(8))
+    dispatch = cpu_linear.wrap_dispatch(lambda layer, remove_weight: left.append(layer))
+    dispatch(layer, False)
+    dispatch(torch.nn.Linear(4, 8, dtype=torch.bfloat16), False)
+    assert left == [layer]
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -65,7 +65,7 @@ struct Drafter {
   Product product;
 };
 
-enum Status { OK = 0, NO_MEMORY = 1 };
+enum Status { OK = 0, NO_MEMORY = 1 };  // and what else the product says
 
 // states [rows, taps · tap_size], positions [rows] → keys and values, each [layers, rows, heads, head_size].  A position
 // behind the last of `angles` is rotated as that.
@@ -89,14 +89,14 @@ extern "C" __attribute__((visibility("default"))) int dflash_context(const Draft
       }
       input = normed;
     }
-    if (d.product(count, d.hidden, width, input, width, d.fc, width, nullptr, context, threads) != 0) return NO_MEMORY;
+    if (const int status = d.product(count, d.hidden, width, input, width, d.fc, width, nullptr, context, threads); status != OK) return status;
 #pragma omp parallel for num_threads(threads) if (count > 8)
     for (int64_t row = 0; row < count; ++row) {
       uint16_t* x = context + row * d.hidden;
       if (d.hidden_norm != nullptr) normalize(x, d.hidden_norm, d.hidden, d.eps, x);
       normalize(x, d.context_norm, d.hidden, d.eps, x);
     }
-    if (d.product(count, both, d.hidden, context, d.hidden, d.kv, d.hidden, d.kv_bias, kv, threads) != 0) return NO_MEMORY;
+    if (const int status = d.product(count, both, d.hidden, context, d.hidden, d.kv, d.hidden, d.kv_bias, kv, threads); status != OK) return status;
 #pragma omp parallel for num_threads(threads) if (count > 8)
     for (int64_t row = 0; row < count; ++row) {
       const int64_t position = std::max<int64_t>(0, std::min(positions[first + row], d.positions - 1));

@@ -32,8 +32,9 @@ inline float round_bf16(float value) {
   return rounded;
 }
 
-// e^x by 2^n · p(r), |r| ≤ ln 2 / 2: 1 ulp; from e^-87 to e^88, NaN stays NaN.
-inline float exponential(float x) {
+// e^x by 2^n · p(r), |r| ≤ ln 2 / 2: 1 ulp; from e^-87 to e^88, infinite above, NaN stays NaN.
+inline float exponential(float given) {
+  float x = given;
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits
@@ -52,7 +53,7 @@ inline float exponential(float x) {
   scale_bits = (bits << 23) + 0x3f800000u;
   float scale;
   std::memcpy(&scale, &scale_bits, sizeof scale);
-  return p * scale;
+  return given > 88.0f ? __builtin_inff() : p * scale;
 }
 
 inline float weigh(float weight, float gate, float up) { return weight * (gate / (1.0f + exponential(-gate))) * up; }

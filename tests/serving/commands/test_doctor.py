@@ -20,13 +20,29 @@ from serving_fakes import FAKE_SITE
 from laguna_serve.plugins.register import ARCHITECTURES, CPU_ARCHITECTURES
 from laguna_serve.serving.commands.doctor import InstallProblem, find_problems
 from laguna_serve.serving.commands.probe_report import ProbeReport
-from laguna_serve.serving.machine.device import Device
 from laguna_serve.serving.machine.memory import total_bytes
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
 OURS = ARCHITECTURES | CPU_ARCHITECTURES
+TORCH = """
+import os
+
+
+class One:
+    def __add__(self, other):
+        return self
+
+    def item(self):
+        return 2
+
+
+def ones(count, device):
+    if "GPU_ERROR" in os.environ:
+        raise RuntimeError(os.environ["GPU_ERROR"])
+    return One()
+"""
 
 
 class Environment:
@@ -215,15 +231,6 @@ def test_variable_that_kernels_refuse_is_named_once(
     assert find_problems(report, None) == [InstallProblem(expected, "unset LAGUNA_CPU_KERNELS, or correct it")]
 
 
-def test_gpu_that_does_not_compute_is_a_problem(environment: Environment) -> None:
-    environment.install_vllm()
-    error = "RuntimeError: The NVIDIA driver on your system is too old\n(found version 12080). (cuda.py:1)"
-    report = msgspec.convert(environment.diagnose()[2] | {"gpu_error": error}, ProbeReport)
-    (problem,) = find_problems(report, Device("gpu", "NVIDIA H200", 141 * 10**9, 140 * 10**9))
-    assert problem.what == f"device: expected torch to compute on the GPU, got {' '.join(error.split())}"
-    assert problem.remedy.startswith("update the driver")
-
-
 def test_class_that_is_not_ours_is_named(environment: Environment) -> None:
     environment.install_vllm()
     environment.edit_plugin("ModelRegistry.register_model(architecture, path)", "pass")
@@ -260,6 +267,7 @@ def install_gpu(environment: Environment, line: str) -> None:
     smi = Path(environment.variables["PATH"]) / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\necho '{line}'\n", encoding="utf-8")
     smi.chmod(0o755)
+    (environment.site / "torch.py").write_text(TORCH, encoding="utf-8")
 
 
 def test_gpu_build_has_our_teacher_and_vllms_drafters(environment: Environment) -> None:
@@ -269,6 +277,17 @@ def test_gpu_build_has_our_teacher_and_vllms_drafters(environment: Environment) 
     assert report["device"]["name"] == "NVIDIA H100"
     expected = {name: classes["expected"] for name, classes in report["architectures"].items()}
     assert expected == dict.fromkeys(CPU_ARCHITECTURES, "vllm") | ARCHITECTURES
+
+
+def test_gpu_that_does_not_compute_is_a_problem(environment: Environment) -> None:
+    install_gpu(environment, "NVIDIA H100, 81559, 80000")
+    environment.variables["GPU_ERROR"] = "The NVIDIA driver on your system is too old\n(found version 12080)."
+    what, remedy = only_problem(environment)
+    assert what.startswith(
+        "device: expected torch to compute on the GPU, got RuntimeError: The NVIDIA driver on your system is too old"
+        " (found version 12080). ("
+    )
+    assert remedy.startswith("update the driver")
 
 
 def test_gpu_that_shares_the_machines_memory_is_one(environment: Environment) -> None:
