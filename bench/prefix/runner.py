@@ -11,13 +11,13 @@ import aiohttp
 from msgspec import Struct
 
 from laguna_serve.bench.arms.arms import Arm, open_arm
+from laguna_serve.bench.harness.schedule import Round
 from laguna_serve.bench.prefix.options import PrefixCacheConfig
 from laguna_serve.bench.prefix.traffic import REFERENCE, EngineSetting, Scenario, Traffic, plan_second_turn
 from laguna_serve.serving.client.completions import Client, open_session
 from laguna_serve.serving.client.counters import Counters, scrape_counters, settle_counters
 from laguna_serve.serving.client.errors import EndpointError
 from laguna_serve.serving.client.records import Record
-from laguna_serve.serving.client.sampling import RequestFields
 from laguna_serve.serving.kit.progress import Progress
 from laguna_serve.serving.kit.results import read_result, write_result
 
@@ -121,14 +121,22 @@ async def _run_scenarios(
             outcomes[second.name] = await _send(session, config, arm, second)
 
 
+async def _send_round(client: Client, prompts: Round, scenario: Scenario, first: int) -> list[Record]:
+    if not scenario.sampled:
+        return await client.run_round(prompts)
+    # Each its own seed, the same in every scenario: both draw alike, and what differs between them is no chance.
+    seeded = enumerate(prompts, first)
+    rounds = await asyncio.gather(*(client.run_round([p], {"temperature": 1.0, "seed": seed}) for seed, p in seeded))
+    return [record for (record,) in rounds]
+
+
 async def _send(session: aiohttp.ClientSession, config: PrefixCacheConfig, arm: Arm, scenario: Scenario) -> Outcome:
     reading = await scrape_counters(session, arm.base_url)
     readings = {0: reading}
     records: list[Record] = []
-    sampling: RequestFields | None = {"temperature": 1.0} if scenario.sampled else None
-    client = Client(session, arm.base_url, arm.model_name or "", config.max_tokens, sampling)
+    client = Client(session, arm.base_url, arm.model_name or "", config.max_tokens)
     for prompts in scenario.rounds:
-        answers = await client.run_round(prompts)
+        answers = await _send_round(client, prompts, scenario, len(records))
         failed = next((record.error for record in answers if record.error is not None), None)
         if failed is not None:
             arm.check()

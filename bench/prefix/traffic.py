@@ -40,8 +40,8 @@ class EngineSetting:
 class Scenario:
     """Rounds of prompts for one engine, greedy unless `sampled` at temperature 1.
 
-    Sampled requests carry no seed: on a CPU vLLM 0.32 dies of one whose prompt is prefilled in pieces ("CPU Generator
-    does not use offset").
+    Sampled requests carry seeds, of which stock vLLM 0.32 dies on a CPU where a prompt is prefilled in pieces: this
+    project's engines do not (plugins/repairs).
 
     Attributes:
         provokes: the engine's counter that has to move. Whether it does may hang on when requests come in: it is sent

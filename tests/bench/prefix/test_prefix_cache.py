@@ -21,7 +21,7 @@ from laguna_serve.bench.harness.prompts import PromptsError
 from laguna_serve.bench.prefix import runner
 from laguna_serve.bench.prefix.report import render_markdown, render_text
 from laguna_serve.bench.prefix.result import ComparisonResult, PrefixCacheResult
-from laguna_serve.bench.prefix.runner import Outcome
+from laguna_serve.bench.prefix.runner import Outcome, _send_round
 from laguna_serve.bench.prefix.traffic import (
     GROUP,
     Comparison,
@@ -194,6 +194,24 @@ def test_every_comparison_has_its_scenarios_on_the_right_engine() -> None:
     assert {scenario.engine for scenario in traffic.scenarios} == engines
     group = next(scenario for scenario in traffic.scenarios if scenario.sampled)
     assert all(len(prompts) == GROUP and len({p.text for p in prompts}) == 1 for prompts in group.rounds)
+
+
+def test_sampled_requests_have_seeds_of_their_own_the_same_in_every_scenario() -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    class Heard:
+        async def run_round(self, prompts: Any, fields: Any = None) -> list[str]:
+            asked.extend((prompt.id, fields) for prompt in prompts)
+            return [prompt.id for prompt in prompts]
+
+    traffic = plan_traffic(PROMPTS, 4, (150, 300), 64, 32)
+    for scenario in (one for one in traffic.scenarios if one.sampled):
+        sent = asyncio.run(_send_round(Heard(), scenario.rounds[1], scenario, GROUP))  # type: ignore[arg-type]
+        assert sent == [prompt.id for prompt in scenario.rounds[1]]
+    first, second = asked[:GROUP], asked[GROUP:]
+    assert first == second
+    assert [fields["seed"] for _, fields in first] == list(range(GROUP, 2 * GROUP))
+    assert all(fields["temperature"] == 1 for _, fields in first)
 
 
 def test_cold_prompts_are_cold_and_warm_ones_warm() -> None:
